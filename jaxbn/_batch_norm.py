@@ -1,0 +1,224 @@
+"""Batch normalization: `init` makes its parameters and state, `batch_norm` computes it."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Literal, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn import _checks
+from jaxbn._moments import Moments, moments
+
+Params = Mapping[str, jax.Array]
+State = Mapping[str, jax.Array]
+StateT = TypeVar("StateT", bound=State | None)
+Estimator = Literal["biased", "unbiased"]
+
+
+def init(
+    shape: Sequence[int],
+    axis: int | Sequence[int] = -1,
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    param_dtype: DTypeLike = jnp.float32,
+    keepdims: bool = False,
+    track_count: bool = False,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Parameters and state of a batch norm over inputs of one shape.
+
+    Args:
+      shape: the input's shape. Only the sizes along `axis` matter.
+      axis: the feature axis, or axes; every other axis is reduced.
+      use_scale: whether the parameters hold a `scale`, ones.
+      use_bias: whether the parameters hold a `bias`, zeros.
+      param_dtype: the parameters' dtype. The state has it too, but never less than float32.
+      keepdims: leaves of the shape that broadcasts against the input, (1, C, 1, 1), not (C,).
+      track_count: whether the state counts training batches, which `momentum=None` needs.
+
+    Returns:
+      `params`, with `scale` and `bias`, and `state`, with `mean` (zeros), `var` (ones) and, where
+      asked for, `count` (int32, 0).
+
+    Raises:
+      ValueError: `shape` or `axis` is not one.
+      TypeError: `param_dtype` is not floating.
+
+    Example:
+      >>> import jax, jaxbn
+      >>> params, state = jaxbn.init((64, 16, 32, 32), axis=1)
+      >>> jax.tree.map(lambda leaf: leaf.shape, {**params, **state})
+      {'bias': (16,), 'mean': (16,), 'scale': (16,), 'var': (16,)}
+    """
+    shape = _checks.shape(shape)
+    feature_axes = _checks.feature_axes(axis, shape)
+    param_dtype = _checks.floating_dtype("param_dtype", param_dtype)
+    state_dtype = _statistics_dtype(param_dtype)
+    kept = range(len(shape)) if keepdims else feature_axes
+    leaf = tuple(shape[a] if a in feature_axes else 1 for a in kept)
+
+    params = {}
+    if use_scale:
+        params["scale"] = jnp.ones(leaf, param_dtype)
+    if use_bias:
+        params["bias"] = jnp.zeros(leaf, param_dtype)
+    state = {"mean": jnp.zeros(leaf, state_dtype), "var": jnp.ones(leaf, state_dtype)}
+    if track_count:
+        state["count"] = jnp.zeros((), jnp.int32)
+    return params, state
+
+
+def batch_norm(
+    params: Params,
+    state: StateT,
+    x: ArrayLike,
+    train: bool,
+    *,
+    axis: int | Sequence[int] = -1,
+    momentum: float | None = 0.9,
+    epsilon: float = 1e-5,
+    batch_variance: Estimator = "biased",
+    running_variance: Estimator = "unbiased",
+    axis_name: Hashable | Sequence[Hashable] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    mask: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, StateT]:
+    r"""Batch normalization of `x`, and the state after it.
+
+    .. math::
+
+        y = \mathrm{scale} \cdot \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \mathrm{bias}
+
+    In training, :math:`\mu` and :math:`\sigma^2` are the mean and variance of the batch, over every
+    axis but `axis` and over the devices of `axis_name`, and the state moves towards them:
+
+    .. math::
+
+        \mathrm{running} \leftarrow
+            \mathrm{momentum} \cdot \mathrm{running} + (1 - \mathrm{momentum}) \cdot \mathrm{batch}
+
+    In evaluation they are the state's, which stays as it is. The defaults are PyTorch's convention;
+    `FLAX`, `KERAS` and `EXERCISE` are others, to be splatted: `batch_norm(..., **jaxbn.KERAS)`.
+
+    Args:
+      params: a mapping with `scale` and `bias`, either or both of which may be missing. Leaves have
+        the features' shape, (C,), or the one that broadcasts against `x`, such as (1, C, 1, 1).
+      state: a mapping with `mean`, `var` and, optionally, `count`, of the same shapes (`count` is a
+        scalar). None means that none is kept: the batch's own statistics serve in both modes.
+      x: the input, of any floating dtype, with features on `axis`.
+      train: whether to use, and to track, the batch's statistics; a Python bool.
+      axis: the feature axis, or axes; every other axis is reduced.
+      momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
+        weighs all batches so far alike, and needs `count` in the state.
+      epsilon: what is added to the variance, in units of `x` squared.
+      batch_variance: the estimator that normalizes, "biased" (divided by n) or "unbiased" (n - 1).
+      running_variance: the estimator that is tracked.
+      axis_name: the mapped axis, or axes, (of `vmap`, `pmap`, `shard_map`) that share statistics.
+        Under `jit` with sharded arrays none is needed.
+      axis_index_groups: groups of indices of `axis_name` that share statistics; by default all do.
+      mask: booleans that broadcast against `x`, True where a value counts. What lies under False
+        touches nothing; the output there is `bias`. A batch without a value that counts leaves the
+        state as it is.
+      dtype: the dtype of `y`, by default that of `x`.
+
+    Returns:
+      `y`, of the shape of `x`, and the new state, of the shapes of the old. Statistics are computed
+      and kept in float32, or in float64 where `x` or the state is; no gradient flows into them.
+
+    Raises:
+      ValueError: an argument that is out of its range or does not fit the others; one value per
+        feature where an unbiased variance is asked for.
+      TypeError: an argument of the wrong dtype.
+
+    Example:
+      >>> import jax, jaxbn
+      >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (8, 4, 4, 16))
+      >>> params, state = jaxbn.init(x.shape)
+      >>> y, state = jaxbn.batch_norm(params, state, x, train=True)
+      >>> print(f"{abs(y.mean()):.1f} {y.std():.1f}")
+      0.0 1.0
+
+    Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", 2015, algorithms 1 and 2.
+    """
+    x = _checks.floating_array("x", x)
+    feature_axes = _checks.feature_axes(axis, x.shape)
+    _checks.params(params, x.shape, feature_axes)
+    _checks.state(state, x.shape, feature_axes)
+    train = _checks.python_bool("train", train)
+    use_batch = train or state is None
+    _checks.momentum(momentum, state, train)
+    _checks.epsilon(epsilon, use_batch)
+    _checks.estimator("batch_variance", batch_variance)
+    _checks.estimator("running_variance", running_variance)
+    mask = _checks.mask(mask, x.shape)
+    dtype = x.dtype if dtype is None else _checks.floating_dtype("dtype", dtype)
+    if use_batch:
+        _checks.axis_name(axis_name, axis_index_groups)
+        if "unbiased" in (batch_variance, running_variance):
+            _checks.more_than_one_value(x.shape, feature_axes, axis_name, axis_index_groups)
+
+    statistics_dtype = _statistics_dtype(x.dtype)
+    features = tuple(n if a in feature_axes else 1 for a, n in enumerate(x.shape))
+
+    def feature(leaf: ArrayLike) -> jax.Array:
+        return jnp.asarray(leaf, statistics_dtype).reshape(features)
+
+    x = x.astype(statistics_dtype)
+    new_state = state
+    if train or state is None:
+        reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
+        batch = moments(x, mask, reduced_axes, axis_name, axis_index_groups)
+        shift, mean, var = batch.shift, batch.mean, _variance(batch, batch_variance)
+        if state is not None:
+            new_state = _update(state, batch, momentum, running_variance)
+    else:
+        shift, mean, var = feature(state["mean"]), 0, feature(state["var"])
+
+    # y = scale (x - shift - mean) / sqrt(var + epsilon) + bias, with all that is constant within a
+    # feature computed once, so that its derivative takes two sums over x and one pass.
+    bias = feature(params.get("bias", jnp.zeros(features)))
+    slope = feature(params.get("scale", jnp.ones(features))) / jnp.sqrt(var + epsilon)
+    offset = bias - mean * slope
+    if mask is None:
+        y = (x - shift) * slope + offset
+    else:
+        y = jnp.where(mask, (jnp.where(mask, x, shift) - shift) * slope + offset, bias)
+    if new_state is not None:
+        new_state = lax.stop_gradient(dict(new_state))
+    return y.astype(dtype), cast(StateT, new_state)
+
+
+def _statistics_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """Float32 at least: half precision neither sums nor averages well."""
+    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
+
+
+def _variance(batch: Moments, estimator: Estimator) -> jax.Array:
+    if estimator == "biased":
+        return batch.var
+    return batch.var * (batch.n / jnp.maximum(batch.n - 1, 1))
+
+
+def _update(
+    state: State, batch: Moments, momentum: float | None, running_variance: Estimator
+) -> dict[str, jax.Array]:
+    """The state moved towards the batch's statistics, where the batch has any."""
+    new = {}
+    if "count" in state:
+        new["count"] = state["count"] + jnp.any(batch.n > 0).astype(state["count"].dtype)
+
+    def moved(old: jax.Array, value: jax.Array, exists: jax.Array) -> jax.Array:
+        dtype = _statistics_dtype(old.dtype, value.dtype)
+        weight = 1 - momentum if momentum is not None else 1 / new["count"].astype(dtype)
+        value, exists = (jnp.broadcast_to(v, batch.mean.shape) for v in (value, exists))
+        old, value = old.astype(dtype), value.astype(dtype).reshape(old.shape)
+        return jnp.where(exists.reshape(old.shape), (1 - weight) * old + weight * value, old)
+
+    fewest = 2 if running_variance == "unbiased" else 1
+    new["mean"] = moved(state["mean"], batch.shift + batch.mean, batch.n > 0)
+    new["var"] = moved(state["var"], _variance(batch, running_variance), batch.n >= fewest)
+    return new

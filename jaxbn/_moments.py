@@ -1,0 +1,144 @@
+"""Count, mean and variance of a batch: accurate far from zero, under a mask, across devices."""
+
+import math
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class Moments(NamedTuple):
+    """What is known of a batch, each of a shape that broadcasts against it.
+
+    The batch's mean is `shift + mean`: a number near it, and what that number lacks. Kept apart,
+    the two say where the mean lies to a fraction of a deviation, however far from zero it is.
+    """
+
+    n: jax.Array
+    shift: jax.Array
+    mean: jax.Array
+    var: jax.Array
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def moments(
+    x: jax.Array,
+    mask: jax.Array | None,
+    axes: tuple[int, ...],
+    axis_name: Hashable | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Moments of `x` over `axes`, where `mask` is true, and over the devices of `axis_name`.
+
+    The variance is the biased one. `n` and `shift` have no derivative; those of the others are
+    `dmean = E[dx]` and `dvar = 2 E[(x - shift - mean) dx]`, whichever way the values were found.
+    """
+    own = _moments_on_one_device(x, mask, axes)
+    if axis_name is None:
+        return own
+    return _pool(_gather(own, axis_name, axis_index_groups))
+
+
+@moments.defjvp
+def _moments_jvp(axes, axis_name, axis_index_groups, primals, tangents):
+    x, mask = primals
+    dx, _ = tangents
+    batch = moments(x, mask, axes, axis_name, axis_index_groups)
+    deviation = x - batch.shift - batch.mean
+    if mask is not None:
+        deviation = jnp.where(mask, deviation, 0)
+        dx = jnp.where(mask, dx, 0)
+    sums = jnp.stack([_sum(dx, axes), 2 * _sum(deviation * dx, axes)])
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
+    dmean, dvar = (total / jnp.maximum(batch.n, 1) for total in sums)
+    return batch, Moments(jnp.zeros_like(batch.n), jnp.zeros_like(batch.shift), dmean, dvar)
+
+
+@partial(jax.jit, static_argnums=2)
+def _moments_on_one_device(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> Moments:
+    n = _count(x, mask, axes)
+    divisor = jnp.maximum(n, 1)
+
+    # One pass over x is enough unless E[x^2] and E[x]^2 are so close that little is left of their
+    # difference: up to a mean of two deviations it has at most five times the rounding error.
+    mean = _sum(x, axes, mask) / divisor
+    var = _sum(jnp.square(x), axes, mask) / divisor - jnp.square(mean)
+    var = jnp.maximum(var, 0)
+    accurate = (jnp.abs(mean) <= 2 * jnp.sqrt(var)) & (var < jnp.inf)
+
+    def about_the_mean() -> tuple[jax.Array, jax.Array, jax.Array]:
+        shift = jnp.where(accurate, 0, _within(mean, x, axes, mask))
+        deviation = x - shift
+        mean_left = _sum(deviation, axes, mask) / divisor
+        # Divided before the sum, which would overflow for deviations that their square does not.
+        mean_square = _sum(deviation * (deviation / divisor), axes, mask)
+        return shift, mean_left, jnp.maximum(mean_square - jnp.square(mean_left), 0)
+
+    def about_zero() -> tuple[jax.Array, jax.Array, jax.Array]:
+        return jnp.zeros_like(mean), mean, var
+
+    return Moments(n, *lax.cond(jnp.all(accurate), about_zero, about_the_mean))
+
+
+def _pool(parts: Moments) -> Moments:
+    """Moments of the whole from its parts', stacked on the first axis (Chan et al., 1979)."""
+    total = _sum(parts.n, (0,))
+    weight = parts.n / jnp.maximum(total, 1)
+    means = parts.shift + parts.mean
+    shift = _within(_sum(weight * means, (0,)), means, (0,), parts.n > 0)
+    shift = jnp.where(total > 0, shift, 0)
+    deviation = (parts.shift - shift) + parts.mean
+    mean = _sum(weight * deviation, (0,))
+    var = _sum(weight * (parts.var + jnp.square(deviation - mean)), (0,))
+    return Moments(*(whole[0] for whole in (total, shift, mean, var)))
+
+
+def _gather(
+    own: Moments, axis_name: Hashable, axis_index_groups: Sequence[Sequence[int]] | None
+) -> Moments:
+    """Every device's moments, stacked on a new first axis, in one collective.
+
+    A sum of tables in which each device fills one row: unlike `all_gather`, `shard_map` knows the
+    result to be the same on every device.
+    """
+    row = jnp.stack(jnp.broadcast_arrays(*own))
+    index = lax.axis_index(axis_name)
+    if axis_index_groups is not None:
+        # The place of a device within its group.
+        index = jnp.asarray(np.argsort(np.concatenate(axis_index_groups)))[index]
+        index = index % len(axis_index_groups[0])
+    size = lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
+    is_own = jnp.arange(size).reshape(-1, *[1] * row.ndim) == index
+    table = lax.psum(jnp.where(is_own, row, 0), axis_name, axis_index_groups=axis_index_groups)
+    return Moments(*jnp.moveaxis(table, 1, 0))
+
+
+def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """The number of values that count."""
+    if mask is None:
+        return jnp.asarray(math.prod(x.shape[a] for a in axes), x.dtype)
+    copies = math.prod(x.shape[a] for a in axes if mask.shape[a] != x.shape[a])
+    # Counted as integers: a float32 sum of ones stops at 2^24.
+    marked = jnp.sum(mask, axes, keepdims=True, dtype=jnp.int32)
+    return marked.astype(x.dtype) * jnp.asarray(copies, x.dtype)
+
+
+def _within(
+    mean: jax.Array, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None
+) -> jax.Array:
+    """A mean brought back among its values, out of which rounding can put it.
+
+    Of equal values it is their value, exactly.
+    """
+    low = jnp.min(x, axes, keepdims=True, initial=jnp.inf, where=mask)
+    high = jnp.max(x, axes, keepdims=True, initial=-jnp.inf, where=mask)
+    return jnp.clip(mean, low, high)
+
+
+def _sum(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) -> jax.Array:
+    return jnp.sum(x, axes, where=mask, keepdims=True)

@@ -1,0 +1,365 @@
+"""The contract of `init` and `batch_norm`, line by line."""
+
+from types import MappingProxyType
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+from tests import oracle
+
+# Statistics of order one from some ten values, in float32: ten roundings.
+TOLERANCE = 1e-6
+
+
+def ones_and_zeros(leaves):
+    return {k: (v.shape, v.dtype, float(v.reshape(-1)[0])) for k, v in leaves.items()}
+
+
+def normal(shape, seed=0, dtype=np.float32):
+    return (2 + 3 * np.random.default_rng(seed).normal(size=shape)).astype(dtype)
+
+
+class TestInit:
+    def test_defaults(self):
+        params, state = jaxbn.init((4, 8, 3))
+        assert ones_and_zeros(params) == {
+            "scale": ((3,), jnp.float32, 1.0),
+            "bias": ((3,), jnp.float32, 0.0),
+        }
+        assert ones_and_zeros(state) == {
+            "mean": ((3,), jnp.float32, 0.0),
+            "var": ((3,), jnp.float32, 1.0),
+        }
+
+    @pytest.mark.parametrize(
+        ("axis", "keepdims", "shape"),
+        [
+            (1, False, (5,)),
+            (-2, False, (5,)),
+            (1, True, (1, 5, 1)),
+            ((0, 2), False, (4, 6)),
+            ((2, 0), False, (4, 6)),
+            ((-1, 1), True, (1, 5, 6)),
+            ((0, 1, 2), False, (4, 5, 6)),
+        ],
+    )
+    def test_shapes(self, axis, keepdims, shape):
+        params, state = jaxbn.init((4, 5, 6), axis, keepdims=keepdims)
+        assert {leaf.shape for leaf in [*params.values(), *state.values()]} == {shape}
+
+    def test_without_scale_or_bias(self):
+        assert set(jaxbn.init((2, 3), use_scale=False)[0]) == {"bias"}
+        assert set(jaxbn.init((2, 3), use_bias=False)[0]) == {"scale"}
+        assert jaxbn.init((2, 3), use_scale=False, use_bias=False)[0] == {}
+
+    def test_count(self):
+        _, state = jaxbn.init((2, 3), track_count=True)
+        assert state["count"].shape == () and state["count"].dtype == jnp.int32
+        assert state["count"] == 0
+
+    @pytest.mark.parametrize(
+        ("param_dtype", "state_dtype"),
+        [("bfloat16", "float32"), ("float16", "float32"), ("float64", "float64")],
+    )
+    def test_statistics_are_kept_in_float32_at_least(self, x64, param_dtype, state_dtype):
+        params, state = jaxbn.init((2, 3), param_dtype=param_dtype)
+        assert {str(p.dtype) for p in params.values()} == {param_dtype}
+        assert {str(s.dtype) for s in state.values()} == {state_dtype}
+
+
+class TestConventions:
+    @pytest.mark.parametrize(
+        ("preset", "momentum", "epsilon", "batch_variance", "running_variance"),
+        [
+            (jaxbn.PYTORCH, 0.9, 1e-5, "biased", "unbiased"),
+            (jaxbn.FLAX, 0.99, 1e-5, "biased", "biased"),
+            (jaxbn.KERAS, 0.99, 1e-3, "biased", "biased"),
+            (jaxbn.EXERCISE, 0.9, 1e-5, "unbiased", "unbiased"),
+        ],
+        ids=["PYTORCH", "FLAX", "KERAS", "EXERCISE"],
+    )
+    def test_preset(self, preset, momentum, epsilon, batch_variance, running_variance):
+        x = normal((6, 3)) / 50  # of a variance that epsilon is no trifle beside
+        params, state = jaxbn.init(x.shape)
+        y, state = jaxbn.batch_norm(params, state, x, True, **preset)
+        ddof = int(batch_variance == "unbiased")
+        truth = oracle.batch_norm(x, x, epsilon=epsilon, ddof=ddof)
+        assert oracle.error(y, truth.y) <= TOLERANCE
+        tracked = truth.var * (6 / 5 if running_variance == "unbiased" else 1)
+        assert oracle.error(state["mean"], (1 - momentum) * truth.mean) <= TOLERANCE
+        assert oracle.error(state["var"], momentum + (1 - momentum) * tracked) <= TOLERANCE
+
+    def test_pytorch_is_the_default(self):
+        x = normal((6, 3))
+        params, state = jaxbn.init(x.shape)
+        plain = jaxbn.batch_norm(params, state, x, True)
+        splatted = jaxbn.batch_norm(params, state, x, True, **jaxbn.PYTORCH)
+        jax.tree.map(np.testing.assert_array_equal, plain, splatted)
+
+    def test_presets_cannot_be_changed(self):
+        with pytest.raises(TypeError):
+            jaxbn.FLAX["momentum"] = 0.5  # type: ignore[index]
+
+
+class TestShapes:
+    @pytest.mark.parametrize("axis", [0, 1, -1, (0, 2), (1, -1)])
+    @pytest.mark.parametrize("train", [True, False])
+    def test_leaves_of_either_shape(self, axis, train):
+        x = normal((4, 5, 6))
+        results = []
+        for keepdims in (False, True):
+            params, state = jaxbn.init(x.shape, axis, keepdims=keepdims)
+            params = {k: v + jnp.arange(v.size).reshape(v.shape) for k, v in params.items()}
+            y, new = jaxbn.batch_norm(params, state, x, train, axis=axis)
+            assert {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in state.items()}
+            results.append((y, {k: v.reshape(-1) for k, v in new.items()}))
+        jax.tree.map(np.testing.assert_array_equal, *results)
+
+    def test_several_feature_axes_are_one_long_one(self):
+        x = normal((7, 4, 6))
+        y, state = jaxbn.batch_norm({}, jaxbn.init(x.shape, (1, 2))[1], x, True, axis=(1, 2))
+        flat = x.reshape(7, 24)
+        wanted, wanted_state = jaxbn.batch_norm({}, jaxbn.init(flat.shape)[1], flat, True)
+        np.testing.assert_allclose(y.reshape(7, 24), wanted, rtol=0, atol=TOLERANCE)
+        for key in wanted_state:
+            np.testing.assert_allclose(state[key].reshape(-1), wanted_state[key], rtol=TOLERANCE)
+
+    def test_other_mappings_serve_as_dicts(self):
+        x = normal((5, 3))
+        params, state = jaxbn.init(x.shape)
+        wanted = jaxbn.batch_norm(params, state, x, True)
+        for mapping in (MappingProxyType, flax.core.freeze):
+            got = jaxbn.batch_norm(mapping(params), mapping(state), x, True)
+            jax.tree.map(np.testing.assert_array_equal, got, wanted)
+            _, same = jaxbn.batch_norm(mapping(params), mapping(state), x, False)
+            jax.tree.map(np.testing.assert_array_equal, same, state)
+
+
+class TestDtypes:
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+    @pytest.mark.parametrize("out", [None, "float16", "bfloat16", "float32", "float64"])
+    @pytest.mark.parametrize("train", [True, False])
+    def test_output_and_statistics(self, x64, dtype, out, train):
+        x = jnp.asarray(normal((6, 3)), dtype)
+        params, state = jaxbn.init(x.shape)
+        y, new = jaxbn.batch_norm(params, state, x, train, dtype=out)
+        assert y.dtype == jnp.dtype(out or dtype)
+        kept = "float64" if train and dtype == "float64" else "float32"
+        assert {str(v.dtype) for v in new.values()} == {kept}
+        if train:
+            truth = oracle.batch_norm(x, x)
+            half = min(jnp.finfo(y.dtype).nmant, jnp.finfo(x.dtype).nmant)
+            # Rounded once to the output's dtype, and computed in float32 at least.
+            assert oracle.error(y, truth.y) <= 2.0 ** (-half - 1) + TOLERANCE
+
+    def test_a_state_in_half_precision_comes_back_in_float32(self):
+        x = normal((6, 3))
+        state = {"mean": jnp.zeros(3, jnp.bfloat16), "var": jnp.ones(3, jnp.bfloat16)}
+        _, new = jaxbn.batch_norm({}, state, x, True)
+        assert {v.dtype for v in new.values()} == {jnp.dtype("float32")}
+
+    def test_half_precision_is_summed_in_float32(self):
+        x = jnp.full((5000, 1), 3, jnp.float16).at[::2].set(5)
+        y, state = jaxbn.batch_norm({}, jaxbn.init(x.shape)[1], x, True, momentum=0.0)
+        assert state["mean"][0] == 4
+        assert abs(float(y[0, 0]) - 1) < 1e-3
+
+
+class TestState:
+    def test_evaluation_returns_it_as_it_was(self):
+        x = normal((6, 3))
+        params, _ = jaxbn.init(x.shape)
+        state = {"mean": jnp.arange(3.0), "var": jnp.arange(1.0, 4.0), "count": jnp.int32(7)}
+        y, new = jaxbn.batch_norm(params, state, x, False)
+        jax.tree.map(np.testing.assert_array_equal, new, state)
+        wanted = (x - np.arange(3)) / np.sqrt(np.arange(1, 4) + 1e-5)
+        np.testing.assert_allclose(y, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+    def test_none_is_none_in_both_modes(self):
+        x = normal((6, 3))
+        truth = oracle.batch_norm(x, x)
+        for train in (True, False):
+            y, state = jaxbn.batch_norm({}, None, x, train)
+            assert state is None
+            assert oracle.error(y, truth.y) <= TOLERANCE
+
+    @pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0, None])
+    def test_every_training_batch_adds_one_to_the_count(self, momentum):
+        _, state = jaxbn.init((6, 3), track_count=True)
+        for step in range(3):
+            assert state["count"] == step
+            _, state = jaxbn.batch_norm({}, state, normal((6, 3)), True, momentum=momentum)
+        _, state = jaxbn.batch_norm({}, state, normal((6, 3)), False, momentum=momentum)
+        assert state["count"] == 3 and state["count"].dtype == jnp.int32
+
+    def test_the_cumulative_average_weighs_all_batches_alike(self):
+        _, state = jaxbn.init((6, 3), track_count=True)
+        batches = [normal((6, 3), seed) for seed in range(5)]
+        for x in batches:
+            _, state = jaxbn.batch_norm({}, state, x, True, momentum=None)
+        np.testing.assert_allclose(state["mean"], np.mean([b.mean(0) for b in batches], 0), 1e-6)
+        var = np.mean([b.var(0, ddof=1) for b in batches], 0)
+        np.testing.assert_allclose(state["var"], var, 1e-6)
+
+    def test_the_cumulative_average_holds_after_many_batches(self):
+        state = {"mean": jnp.zeros(1), "var": jnp.ones(1), "count": jnp.int32(10**6 - 1)}
+        x = jnp.array([[1.0], [3.0]])
+        _, state = jaxbn.batch_norm({}, state, x, True, momentum=None)
+        np.testing.assert_allclose(state["mean"], 2e-6, rtol=1e-6)
+
+    def test_no_gradient_flows_into_it(self):
+        x = jnp.asarray(normal((6, 3)))
+        params, state = jaxbn.init(x.shape)
+        for train in (True, False):
+
+            def total(x, state, train=train):
+                _, new = jaxbn.batch_norm(params, state, x, train)
+                return sum(jnp.sum(leaf**2) for leaf in new.values())
+
+            for leaf in jax.tree.leaves(jax.grad(total, (0, 1))(x, state)):
+                np.testing.assert_array_equal(leaf, 0)
+
+    def test_a_traced_momentum(self):
+        x = normal((6, 3))
+        params, state = jaxbn.init(x.shape)
+        step = jax.jit(lambda m: jaxbn.batch_norm(params, state, x, True, momentum=m)[1])
+        for momentum in (0.5, 0.75):
+            wanted = jaxbn.batch_norm(params, state, x, True, momentum=momentum)[1]
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, 1e-6), step(momentum), wanted
+            )
+
+
+MASKS = {
+    "(N, C)": lambda rng: rng.random((8, 5, 3)) < 0.6,
+    "rows": lambda rng: rng.random((8, 1, 1)) < 0.6,
+    "without leading axes": lambda rng: np.array([[True], [False], [True], [True], [False]]),
+    "everything": lambda rng: np.ones((1,), bool),
+}
+
+
+class TestMask:
+    @pytest.fixture(params=MASKS)
+    def masked(self, request, rng):
+        """A mask, and an input with NaN and inf under it."""
+        mask = MASKS[request.param](rng)
+        x = normal((8, 5, 3))
+        under = np.where(rng.random(x.shape) < 0.5, np.nan, np.inf).astype(np.float32)
+        return mask, np.where(mask, x, under)
+
+    def test_training(self, masked, rng):
+        mask, x = masked
+        dy = rng.normal(size=x.shape).astype(np.float32)
+        params = {"scale": jnp.array([2.0, 3.0, 4.0]), "bias": jnp.array([5.0, 6.0, 7.0])}
+        state = jaxbn.init(x.shape)[1]
+
+        def y(x, params):
+            return jaxbn.batch_norm(params, state, x, True, momentum=0.0, mask=mask)
+
+        out, vjp, new = jax.vjp(y, jnp.asarray(x), params, has_aux=True)
+        dx, dparams = vjp(jnp.asarray(dy))
+        truth = oracle.batch_norm(x, dy, params["scale"], params["bias"], mask=mask)
+        for a, b in [(out, truth.y), (dx, truth.dx), (dparams["scale"], truth.dscale)]:
+            assert oracle.error(a, b) <= TOLERANCE
+        assert oracle.error(dparams["bias"], truth.dbias) <= TOLERANCE
+        assert oracle.error(new["mean"], truth.mean) <= TOLERANCE
+        n = np.broadcast_to(mask, x.shape).sum((0, 1))
+        assert oracle.error(new["var"], truth.var * n / (n - 1)) <= TOLERANCE
+        covered = ~np.broadcast_to(mask, x.shape)
+        np.testing.assert_array_equal(dx[covered], 0)
+        np.testing.assert_array_equal(out[covered], np.broadcast_to([5, 6, 7], x.shape)[covered])
+
+    def test_evaluation(self, masked):
+        mask, x = masked
+        params = {"scale": jnp.array([2.0, 3.0, 4.0]), "bias": jnp.array([5.0, 6.0, 7.0])}
+        state = {"mean": jnp.array([1.0, 2.0, 3.0]), "var": jnp.array([1.0, 2.0, 3.0])}
+
+        def y(x, params, state):
+            return jaxbn.batch_norm(params, state, x, False, mask=mask)[0]
+
+        x_hat = np.where(mask, (x - state["mean"]) / np.sqrt(state["var"] + 1e-5), 0)
+        wanted = params["scale"] * x_hat + params["bias"]
+        np.testing.assert_allclose(y(x, params, state), wanted, rtol=1e-6, atol=1e-6)
+        grads = jax.grad(lambda *a: jnp.sum(y(*a) ** 2), (0, 1, 2))(jnp.asarray(x), params, state)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+        np.testing.assert_array_equal(grads[0][~np.broadcast_to(mask, x.shape)], 0)
+
+    @pytest.mark.parametrize("momentum", [0.9, None])
+    @pytest.mark.parametrize(
+        ("x", "mask"),
+        [
+            (np.full((4, 3), np.nan, np.float32), np.zeros((4, 1), bool)),
+            (np.zeros((0, 3), np.float32), None),
+            (np.zeros((4, 0, 3), np.float32), np.ones((4, 1, 1), bool)),
+        ],
+        ids=["all masked", "empty", "empty under a mask"],
+    )
+    def test_no_value_to_count(self, x, mask, momentum):
+        params, _ = jaxbn.init(x.shape)
+        state = {"mean": jnp.arange(3.0), "var": jnp.arange(3.0), "count": jnp.int32(0)}
+
+        def loss(x, params):
+            y, new = jaxbn.batch_norm(params, state, x, True, mask=mask, momentum=momentum)
+            return jnp.sum((y - 1) ** 2), (y, new)
+
+        grads, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(jnp.asarray(x), params)
+        jax.tree.map(np.testing.assert_array_equal, new, state)
+        np.testing.assert_array_equal(y, np.zeros_like(x))
+        np.testing.assert_array_equal(grads[0], np.zeros_like(x))
+        np.testing.assert_array_equal(grads[1]["scale"], 0)
+        assert np.all(np.isfinite(grads[1]["bias"]))
+
+    def test_one_feature_without_values_among_others(self):
+        x = normal((6, 3)) + np.array([0, 1e4, 1e4], np.float32)
+        mask = np.ones((6, 3), bool)
+        mask[:, 1] = False
+        params, state = jaxbn.init(x.shape)
+        y, new = jaxbn.batch_norm(params, state, x, True, mask=mask)
+        np.testing.assert_array_equal(y[:, 1], 0)
+        assert new["mean"][1] == 0 and new["var"][1] == 1
+        assert oracle.error(y, oracle.batch_norm(x, x, mask=mask).y) <= TOLERANCE
+
+    @pytest.mark.parametrize("batch_variance", ["biased", "unbiased"])
+    def test_one_value_that_only_the_mask_knows(self, batch_variance):
+        x = np.array([[4.0], [np.nan], [np.nan]], np.float32)
+        mask = np.array([[True], [False], [False]])
+        state = {"mean": jnp.zeros(1), "var": jnp.full(1, 3.0)}
+
+        def y(x):
+            return jaxbn.batch_norm({}, state, x, True, mask=mask, batch_variance=batch_variance)
+
+        out, vjp, new = jax.vjp(y, jnp.asarray(x), has_aux=True)
+        np.testing.assert_array_equal(out, 0)
+        np.testing.assert_array_equal(vjp(jnp.ones_like(out))[0], 0)
+        np.testing.assert_allclose(new["mean"], 0.4, rtol=1e-6)
+        np.testing.assert_array_equal(new["var"], 3)
+
+
+class TestOneValue:
+    def test_biased_conventions_allow_it(self):
+        x = np.array([[4.0, 5.0]], np.float32)
+        params, state = jaxbn.init(x.shape)
+        y, new = jaxbn.batch_norm(params, state, x, True, **jaxbn.FLAX)
+        np.testing.assert_array_equal(y, 0)
+        np.testing.assert_allclose(new["mean"], [0.04, 0.05], rtol=1e-6)
+        np.testing.assert_allclose(new["var"], 0.99, rtol=1e-6)
+
+    def test_evaluation_allows_it(self):
+        x = np.array([[4.0, 5.0]], np.float32)
+        params, state = jaxbn.init(x.shape)
+        y, _ = jaxbn.batch_norm(params, state, x, False)
+        np.testing.assert_allclose(y, x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_non_finite_values_show(train):
+    x = normal((6, 3))
+    x[2, 1] = np.nan
+    params, state = jaxbn.init(x.shape)
+    y, new = jaxbn.batch_norm(params, state, x, train)
+    assert np.isnan(y[2, 1]) and np.all(np.isfinite(y[:, [0, 2]]))
+    assert np.isnan(new["mean"][1]) == train

@@ -1,0 +1,338 @@
+"""Every bad input gets an error that names the argument, what came and what is wanted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+import jaxbn.linen
+
+X = np.zeros((8, 3), np.float32)
+MEAN_VAR = {"mean": np.zeros(3, np.float32), "var": np.ones(3, np.float32)}
+
+# name: (what differs from a good call, the exception, its whole text)
+CASES = {
+    "integer input": (
+        {"x": np.zeros((8, 3), np.int32)},
+        TypeError,
+        "x must be of a floating dtype, got int32; convert it, for instance with "
+        "x.astype(jnp.float32).",
+    ),
+    "boolean input": (
+        {"x": np.zeros((8, 3), bool)},
+        TypeError,
+        "x must be of a floating dtype, got bool; convert it, for instance with "
+        "x.astype(jnp.float32).",
+    ),
+    "complex input": (
+        {"x": np.zeros((8, 3), np.complex64)},
+        TypeError,
+        "x must be of a floating dtype, got complex64; convert it, for instance with "
+        "x.astype(jnp.float32).",
+    ),
+    "list": (
+        {"x": [[1.0], [2.0]]},
+        TypeError,
+        "x must be an array of a floating dtype, got [[1.0], [2.0]] of type list.",
+    ),
+    "scalar": (
+        {"x": np.float32(1)},
+        ValueError,
+        "x must have at least one axis, for the features; got a scalar.",
+    ),
+    "axis too large": (
+        {"axis": 2},
+        ValueError,
+        "axis=2 is out of range for the shape (8, 3): an axis must lie in [-2, 1].",
+    ),
+    "axis too small": (
+        {"axis": (0, -3)},
+        ValueError,
+        "axis=(0, -3) is out of range for the shape (8, 3): an axis must lie in [-2, 1].",
+    ),
+    "axis twice": (
+        {"axis": (1, -1)},
+        ValueError,
+        "axis=(1, -1) names an axis of the shape (8, 3) twice.",
+    ),
+    "no axis": (
+        {"axis": ()},
+        ValueError,
+        "axis must be an integer or a sequence of them, got ().",
+    ),
+    "fractional axis": (
+        {"axis": 1.0},
+        ValueError,
+        "axis must be an integer or a sequence of them, got 1.0.",
+    ),
+    "params of another size": (
+        {"params": {"scale": np.ones(4, np.float32)}},
+        ValueError,
+        "params['scale'] must have the shape (3,) or (1, 3) of the features of x, which has shape "
+        "(8, 3) with features on axis 1; got (4,).",
+    ),
+    "state of another size": (
+        {"state": MEAN_VAR | {"var": np.ones((3, 1), np.float32)}},
+        ValueError,
+        "state['var'] must have the shape (3,) or (1, 3) of the features of x, which has shape "
+        "(8, 3) with features on axis 1; got (3, 1).",
+    ),
+    "features on several axes": (
+        {"axis": (0, 1)},
+        ValueError,
+        "state['mean'] must have the shape (8, 3) or (8, 3) of the features of x, which has shape "
+        "(8, 3) with features on axis (0, 1); got (3,).",
+    ),
+    "integer params": (
+        {"params": {"bias": np.ones(3, np.int32)}},
+        TypeError,
+        "params['bias'] must be an array of a floating dtype, got int32.",
+    ),
+    "params of lists": (
+        {"params": {"bias": [1.0, 2.0, 3.0]}},
+        TypeError,
+        "params['bias'] must be an array of a floating dtype, got list.",
+    ),
+    "unknown params": (
+        {"params": {"weight": np.ones(3, np.float32)}},
+        ValueError,
+        "params may have the keys 'scale' and 'bias'; got ['weight'].",
+    ),
+    "params are no mapping": (
+        {"params": None},
+        ValueError,
+        "params must be a mapping, got NoneType; without scale and bias it is {}.",
+    ),
+    "state is no mapping": (
+        {"state": (0.0, 1.0)},
+        ValueError,
+        "state must be a mapping or None, got tuple.",
+    ),
+    "unknown state": (
+        {"state": MEAN_VAR | {"average": 1}},
+        ValueError,
+        "state must have the keys 'mean' and 'var', and may have 'count'; "
+        "got ['average', 'mean', 'var'].",
+    ),
+    "missing state": (
+        {"state": {"mean": np.zeros(3, np.float32)}},
+        ValueError,
+        "state must have the keys 'mean' and 'var', and may have 'count'; got ['mean'].",
+    ),
+    "count per feature": (
+        {"state": MEAN_VAR | {"count": np.zeros(3, np.int32)}},
+        ValueError,
+        "state['count'] must be a scalar, got one of shape (3,).",
+    ),
+    "negative momentum": (
+        {"momentum": -0.1},
+        ValueError,
+        "momentum must be None or lie in [0, 1], got -0.1. It is the weight of the old value: "
+        "PyTorch's momentum is one minus it.",
+    ),
+    "momentum above one": (
+        {"momentum": 1.5, "train": False},
+        ValueError,
+        "momentum must be None or lie in [0, 1], got 1.5. It is the weight of the old value: "
+        "PyTorch's momentum is one minus it.",
+    ),
+    "momentum not a number": (
+        {"momentum": float("nan")},
+        ValueError,
+        "momentum must be None or lie in [0, 1], got nan. It is the weight of the old value: "
+        "PyTorch's momentum is one minus it.",
+    ),
+    "momentum a string": (
+        {"momentum": "0.9"},
+        ValueError,
+        "momentum must be None or lie in [0, 1], got '0.9'. It is the weight of the old value: "
+        "PyTorch's momentum is one minus it.",
+    ),
+    "cumulative without a count": (
+        {"momentum": None},
+        ValueError,
+        "momentum=None, the cumulative average, needs the number of batches so far: state must "
+        "have 'count', as init(..., track_count=True) makes it.",
+    ),
+    "negative epsilon": (
+        {"epsilon": -1e-5, "train": False},
+        ValueError,
+        "epsilon must be a finite number, not negative, got -1e-05.",
+    ),
+    "infinite epsilon": (
+        {"epsilon": float("inf")},
+        ValueError,
+        "epsilon must be a finite number, not negative, got inf.",
+    ),
+    "no epsilon in training": (
+        {"epsilon": 0.0},
+        ValueError,
+        "epsilon must be positive where the batch's own statistics normalize, got 0: a feature "
+        "that is constant in a batch would be divided by zero.",
+    ),
+    "no epsilon without a state": (
+        {"epsilon": 0, "state": None, "train": False},
+        ValueError,
+        "epsilon must be positive where the batch's own statistics normalize, got 0: a feature "
+        "that is constant in a batch would be divided by zero.",
+    ),
+    "unknown batch_variance": (
+        {"batch_variance": "sample"},
+        ValueError,
+        "batch_variance must be 'biased' or 'unbiased', got 'sample'.",
+    ),
+    "unknown running_variance": (
+        {"running_variance": True},
+        ValueError,
+        "running_variance must be 'biased' or 'unbiased', got True.",
+    ),
+    "mask of numbers": (
+        {"mask": np.ones((8, 3), np.float32)},
+        TypeError,
+        "mask must be an array of booleans, got float32.",
+    ),
+    "mask of a list": (
+        {"mask": [True] * 3},
+        TypeError,
+        "mask must be an array of booleans, got list.",
+    ),
+    "mask that does not broadcast": (
+        {"mask": np.ones((8,), bool)},
+        ValueError,
+        "mask of shape (8,) does not broadcast against x of shape (8, 3).",
+    ),
+    "mask of more axes": (
+        {"mask": np.ones((1, 8, 3), bool)},
+        ValueError,
+        "mask of shape (1, 8, 3) does not broadcast against x of shape (8, 3).",
+    ),
+    "mask larger than x": (
+        {"x": np.zeros((1, 3), np.float32), "mask": np.ones((8, 3), bool)},
+        ValueError,
+        "mask of shape (8, 3) does not broadcast against x of shape (1, 3).",
+    ),
+    "integer dtype": (
+        {"dtype": jnp.int32},
+        TypeError,
+        "dtype must be a floating dtype, got int32.",
+    ),
+    "dtype that is none": (
+        {"dtype": "float17"},
+        TypeError,
+        "dtype must be a floating dtype, got 'float17'.",
+    ),
+    "train is a number": (
+        {"train": 1},
+        ValueError,
+        "train must be a Python bool, got 1 of type int.",
+    ),
+    "unbound axis name": (
+        {"axis_name": "batch"},
+        ValueError,
+        "axis_name='batch' is not bound: call batch_norm inside a vmap, pmap or shard_map that "
+        "names it, or pass axis_name=None.",
+    ),
+    "groups without an axis name": (
+        {"axis_index_groups": [[0, 1]]},
+        ValueError,
+        "axis_index_groups=[[0, 1]] are groups of an axis: axis_name must name it, got None.",
+    ),
+    "one value per feature": (
+        {"x": np.zeros((1, 3), np.float32)},
+        ValueError,
+        "x of shape (1, 3) has one value per feature (axis 1), which has no unbiased variance; "
+        "give more values, or batch_variance='biased' and running_variance='biased'.",
+    ),
+    "one value per feature, unbiased in the batch alone": (
+        {
+            "x": np.zeros((1, 1, 3), np.float32),
+            "batch_variance": "unbiased",
+            "running_variance": "biased",
+        },
+        ValueError,
+        "x of shape (1, 1, 3) has one value per feature (axis 2), which has no unbiased variance; "
+        "give more values, or batch_variance='biased' and running_variance='biased'.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batch_norm(name):
+    changes, exception, text = CASES[name]
+    call = {"params": {}, "state": MEAN_VAR, "x": X, "train": True} | changes
+    positional = [call.pop(k) for k in ("params", "state", "x", "train")]
+    with pytest.raises(exception) as caught:
+        jaxbn.batch_norm(*positional, **call)
+    assert str(caught.value) == text
+
+
+def test_traced_train():
+    with pytest.raises(ValueError) as caught:
+        jax.jit(lambda train: jaxbn.batch_norm({}, MEAN_VAR, X, train)[0])(True)
+    assert str(caught.value) == (
+        "train must be a Python bool, got a traced bool[]; make it a static argument of jit, or "
+        "branch with lax.cond over two calls."
+    )
+
+
+def test_linen_traced_use_running_average():
+    layer = jaxbn.linen.BatchNorm()
+    variables = layer.init(jax.random.key(0), X, True)
+    with pytest.raises(ValueError) as caught:
+        jax.jit(lambda flag: layer.apply(variables, X, flag))(True)
+    assert str(caught.value) == (
+        "use_running_average must be a Python bool, got a traced bool[]; make it a static argument "
+        "of jit, or branch with lax.cond over two calls."
+    )
+
+
+def test_one_value_on_each_of_several_devices_is_enough():
+    def step(x):
+        return jaxbn.batch_norm({}, None, x, True, axis_name="batch")[0]
+
+    y = jax.vmap(step, axis_name="batch")(jnp.array([[[1.0]], [[3.0]]]))
+    np.testing.assert_allclose(np.ravel(y), [-1, 1], atol=1e-5)
+    with pytest.raises(ValueError, match="one value per feature"):
+        jax.vmap(step, axis_name="batch")(jnp.zeros((1, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "text"),
+    [
+        (
+            {"shape": ()},
+            ValueError,
+            "shape must be the input's shape, a non-empty sequence of sizes, got ().",
+        ),
+        (
+            {"shape": 3},
+            ValueError,
+            "shape must be the input's shape, a non-empty sequence of sizes, got 3.",
+        ),
+        (
+            {"shape": (4, -1)},
+            ValueError,
+            "shape must be the input's shape, a non-empty sequence of sizes, got (4, -1).",
+        ),
+        (
+            {"shape": (4, None)},
+            ValueError,
+            "shape must be the input's shape, a non-empty sequence of sizes, got (4, None).",
+        ),
+        (
+            {"shape": (4, 3), "axis": 2},
+            ValueError,
+            "axis=2 is out of range for the shape (4, 3): an axis must lie in [-2, 1].",
+        ),
+        (
+            {"shape": (4, 3), "param_dtype": jnp.int8},
+            TypeError,
+            "param_dtype must be a floating dtype, got int8.",
+        ),
+    ],
+)
+def test_init(arguments, exception, text):
+    with pytest.raises(exception) as caught:
+        jaxbn.init(**arguments)
+    assert str(caught.value) == text

@@ -1,0 +1,79 @@
+"""What the project says in public: its names, and the code in its README."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxbn
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_public_names():
+    assert jaxbn.__all__ == sorted(jaxbn.__all__)
+    assert set(jaxbn.__all__) == {"EXERCISE", "FLAX", "KERAS", "PYTORCH", "batch_norm", "init"}
+    public = {n for n, v in vars(jaxbn).items() if n[0] != "_" and not inspect.ismodule(v)}
+    assert public == set(jaxbn.__all__)
+
+
+def test_signatures():
+    def spell(function):
+        return [str(p).split(":")[0] + ("" if p.default is p.empty else f"={p.default!r}")
+                for p in inspect.signature(function).parameters.values()]  # fmt: skip
+
+    assert spell(jaxbn.batch_norm) == [
+        *("params", "state", "x", "train", "axis=-1", "momentum=0.9", "epsilon=1e-05"),
+        *("batch_variance='biased'", "running_variance='unbiased'", "axis_name=None"),
+        *("axis_index_groups=None", "mask=None", "dtype=None"),
+    ]
+    positional = [p.name for p in inspect.signature(jaxbn.batch_norm).parameters.values()
+                  if p.kind is p.POSITIONAL_OR_KEYWORD]  # fmt: skip
+    assert positional == ["params", "state", "x", "train"]
+    assert list(inspect.signature(jaxbn.init).parameters) == [
+        *("shape", "axis", "use_scale", "use_bias", "param_dtype", "keepdims", "track_count")
+    ]
+
+
+def test_importing_needs_only_jax():
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['flax', 'optax', 'torch', 'matplotlib']));"
+        "import jaxbn"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_the_code_in_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["y"].shape == names["x"].shape
+
+
+def test_the_readme_prints_the_two_commands():
+    for command in (
+        'pip install -e ".[examples]" && python -m train_examples.digits',
+        'pip install -e ".[test]" && pytest',
+    ):
+        assert f"```bash\n{command}\n```" in README
+
+
+@pytest.mark.parametrize("preset", ["PYTORCH", "FLAX", "KERAS", "EXERCISE"])
+def test_the_table_of_conventions_says_what_the_presets_are(preset):
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `jaxbn.{preset}`")]
+    _, momentum, epsilon, batch, running = (cell.strip() for cell in row.strip("|").split("|"))
+    convention = getattr(jaxbn, preset)
+    assert float(momentum.split()[0]) == convention["momentum"]
+    assert float(epsilon) == convention["epsilon"]
+    assert (batch, running) == (convention["batch_variance"], convention["running_variance"])
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(((?!http)[^)#]+)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,307 @@
+"""`jaxbn.linen.BatchNorm`: what Flax's layer is, in Flax's own transforms, with its checkpoints."""
+
+import inspect
+import math
+from typing import Any
+
+import flax.errors
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+import jaxbn.linen
+
+ours = jaxbn.linen.BatchNorm
+STEPS = 3
+
+# Both compute the same formulas on inputs with a mean of a deviation or less.
+TOLERANCE = {"float32": 2e-6, "float64": 1e-11}
+
+
+def batches(shape, dtype):
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        x, dy = (1 + 2 * rng.normal(size=shape), rng.normal(size=shape))
+        yield jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
+
+
+def steps(layer, shape, dtype, **call):
+    """Variables, outputs and gradients of some training steps and an evaluation."""
+
+    @jax.jit
+    def step(variables, x, dy):
+        def y(params, x):
+            variables_with = {**variables, "params": params}
+            return layer.apply(variables_with, x, False, mutable=["batch_stats"], **call)
+
+        out, vjp, updates = jax.vjp(y, variables.get("params", {}), x, has_aux=True)
+        return out, vjp(dy.astype(out.dtype)), updates
+
+    variables = layer.init(jax.random.key(0), jnp.ones(shape, dtype), False)
+    if dtype == "float64":
+        # A state in float32 would be rounded by Flax once more in the first step.
+        variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    results = [variables]
+    for x, dy in batches(shape, dtype):
+        results.append(step(variables, x, dy))
+        variables = {**variables, **results[-1][-1]}
+    x = jnp.linspace(-2, 2, math.prod(shape), dtype=dtype).reshape(shape)
+    return [*results, jax.jit(lambda x: layer.apply(variables, x, True))(x)]
+
+
+def assert_close(a, b, tolerance):
+    def close(a, b):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max()))
+
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(close, a, b)
+
+
+OPTIONS = {
+    "defaults": {},
+    "momentum and epsilon": {"momentum": 0.7, "epsilon": 1e-2},
+    "no bias": {"use_bias": False},
+    "no scale": {"use_scale": False},
+    "neither": {"use_bias": False, "use_scale": False},
+    "axis 1": {"axis": 1},
+    "axes": {"axis": (0, -1)},
+    "initializers": {
+        "scale_init": nn.initializers.normal(),
+        "bias_init": nn.initializers.constant(2.0),
+    },
+}
+
+
+class TestAgainstFlax:
+    @pytest.mark.parametrize("options", OPTIONS)
+    @pytest.mark.parametrize(
+        ("dtype", "shape"),
+        [
+            ("float64", (8, 6)),
+            ("float64", (4, 5, 6)),
+            ("float64", (2, 3, 5, 6)),
+            ("float32", (2, 3, 5, 6)),
+        ],
+        ids=str,
+    )
+    def test_options_and_shapes(self, x64, dtype, options, shape):
+        options = OPTIONS[options]
+        wanted = steps(nn.BatchNorm(**options), shape, dtype)
+        got = steps(ours(**{**jaxbn.FLAX, **options}), shape, dtype)
+        assert_close(got, wanted, TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
+    @pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
+    @pytest.mark.parametrize("input_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+    def test_dtypes(self, dtype, param_dtype, input_dtype):
+        options = {"dtype": dtype, "param_dtype": param_dtype}
+        wanted = steps(nn.BatchNorm(**options), (8, 6), input_dtype)
+        got = steps(ours(**jaxbn.FLAX, **options), (8, 6), input_dtype)
+        # Two roundings of the coarsest type there is: eight bits in bfloat16.
+        coarsest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(wanted))
+        assert_close(got, wanted, 2 * coarsest)
+
+    def test_mask_where_it_counts(self):
+        mask = np.random.default_rng(1).random((8, 1)) < 0.6
+        wanted = steps(nn.BatchNorm(), (8, 6), jnp.float32, mask=mask)
+        got = steps(ours(**jaxbn.FLAX), (8, 6), jnp.float32, mask=mask)
+        for key in ("mean", "var"):
+            np.testing.assert_allclose(
+                got[-2][-1]["batch_stats"][key], wanted[-2][-1]["batch_stats"][key], rtol=1e-6
+            )
+        rows = np.broadcast_to(mask, (8, 6))
+        np.testing.assert_allclose(got[1][0][rows], wanted[1][0][rows], rtol=1e-5, atol=1e-5)
+
+    def test_keywords(self):
+        """All of Flax's, in its order and with its defaults, but for two that mean nothing here."""
+        flax = inspect.signature(nn.BatchNorm).parameters
+        here = inspect.signature(ours).parameters
+        dropped = {"use_fast_variance", "force_float32_reductions"}
+        assert [k for k in flax if k not in dropped] == [
+            k for k in here if k not in {"batch_variance", "running_variance"}
+        ]
+        for name in set(flax) - dropped - {"momentum"}:
+            assert here[name].default == flax[name].default, name
+        assert here["momentum"].default == jaxbn.PYTORCH["momentum"]
+        call = inspect.signature(nn.BatchNorm.__call__).parameters
+        assert list(inspect.signature(ours.__call__).parameters) == list(call)
+
+
+class Net(nn.Module):
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x, train):
+        for features in (8, 4):
+            x = nn.Conv(features, (3, 3), use_bias=False)(x)
+            x = self.norm(use_running_average=not train, name=f"BatchNorm_{features}")(x)
+            x = nn.relu(x)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+def test_a_checkpoint_of_a_flax_model_loads():
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
+    flax_net, our_net = Net(nn.BatchNorm), Net(ours)
+    variables = flax_net.init(jax.random.key(1), x, True)
+    _, updates = flax_net.apply(variables, x, True, mutable=["batch_stats"])
+    saved = flax.serialization.to_bytes({**variables, **updates})
+    loaded = flax.serialization.from_bytes(our_net.init(jax.random.key(2), x, True), saved)
+    np.testing.assert_allclose(
+        our_net.apply(loaded, x, False),
+        flax_net.apply({**variables, **updates}, x, False),
+        atol=1e-6,
+    )
+
+
+def test_variables_go_straight_into_the_function():
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
+    layer = ours(use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    got = layer.apply(variables, x, mutable=["batch_stats"])
+    wanted = jaxbn.batch_norm(variables["params"], variables["batch_stats"], x, True)
+    jax.tree.map(np.testing.assert_array_equal, got, (wanted[0], {"batch_stats": wanted[1]}))
+
+
+class TestInitialization:
+    def test_is_no_training_step(self):
+        x = 5 + jax.random.normal(jax.random.key(0), (8, 3))
+        y, variables = ours(use_running_average=False).init_with_output(jax.random.key(0), x)
+        np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
+        np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
+        np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
+
+    def test_needs_no_axis_name(self):
+        layer = ours(use_running_average=False, axis_name="batch", axis_index_groups=[[0, 1]])
+        layer.init(jax.random.key(0), jnp.ones((8, 3)))
+
+    def test_takes_one_example(self):
+        ours(use_running_average=False).init(jax.random.key(0), jnp.ones((1, 3)))
+
+    def test_of_the_cumulative_average(self):
+        layer = ours(use_running_average=False, momentum=None)
+        x = jnp.arange(6.0).reshape(2, 3)
+        variables = layer.init(jax.random.key(0), x)
+        assert variables["batch_stats"]["count"] == 0
+        for k in (1, 2):
+            _, updates = layer.apply(variables, k * x, mutable=["batch_stats"])
+            variables = {**variables, **updates}
+        assert variables["batch_stats"]["count"] == 2
+        np.testing.assert_allclose(variables["batch_stats"]["mean"], [2.25, 3.75, 5.25])
+
+
+def test_use_running_average_is_given_once():
+    x = jnp.ones((8, 3))
+    variables = ours().init(jax.random.key(0), x, True)
+    for layer, arguments in [(ours(), ()), (ours(use_running_average=True), (True,))]:
+        with pytest.raises(ValueError, match="use_running_average"):
+            layer.apply(variables, x, *arguments)
+
+
+def test_batch_stats_must_be_mutable_in_training():
+    x = jnp.ones((8, 3))
+    variables = ours().init(jax.random.key(0), x, True)
+    with pytest.raises(flax.errors.ModifyScopeVariableError):
+        ours().apply(variables, x, False)
+
+
+def test_axis_name_sums_over_it():
+    x = jax.random.normal(jax.random.key(0), (4, 8, 3))
+    layer = ours(use_running_average=False, axis_name="batch")
+    variables = layer.init(jax.random.key(0), x[0])
+    y, updates = jax.vmap(
+        lambda x: layer.apply(variables, x, mutable=["batch_stats"]), axis_name="batch"
+    )(x)
+    whole = ours(use_running_average=False)
+    wanted, wanted_updates = whole.apply(variables, x.reshape(32, 3), mutable=["batch_stats"])
+    np.testing.assert_allclose(y.reshape(32, 3), wanted, atol=1e-6)
+    for key, leaf in updates["batch_stats"].items():
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[0], leaf.shape))
+        np.testing.assert_allclose(leaf[0], wanted_updates["batch_stats"][key], rtol=1e-6)
+
+
+class TestLiftedTransforms:
+    """Each against the same layers written out by hand."""
+
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+
+    @pytest.mark.parametrize("lift", [nn.jit, nn.remat], ids=["jit", "remat"])
+    def test_jit_and_remat(self, lift):
+        plain = ours(use_running_average=False)
+        lifted = lift(ours)(use_running_average=False)
+        variables = plain.init(jax.random.key(0), self.x)
+
+        def loss(params, layer):
+            y, updates = layer.apply(
+                {**variables, "params": params}, self.x, mutable=["batch_stats"]
+            )
+            return jnp.sum(y**3), updates
+
+        results = [
+            jax.grad(loss, has_aux=True)(variables["params"], layer) for layer in (plain, lifted)
+        ]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results)
+
+    def test_vmap(self):
+        xs = np.stack([self.x, 2 * self.x + 1])
+        many = nn.vmap(
+            ours, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}
+        )
+        layer = many(use_running_average=False)
+        variables = layer.init(jax.random.key(0), xs)
+        y, updates = layer.apply(variables, xs, mutable=["batch_stats"])
+        for k, x in enumerate(xs):
+            one = jax.tree.map(lambda leaf, k=k: leaf[k], variables)
+            wanted = ours(use_running_average=False).apply(one, x, mutable=["batch_stats"])
+            got = y[k], jax.tree.map(lambda leaf, k=k: leaf[k], updates)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, wanted)
+
+    def test_vmap_that_shares_statistics(self):
+        xs = np.stack([self.x, 2 * self.x + 1])
+        shared = nn.vmap(
+            ours,
+            variable_axes={"params": None, "batch_stats": None},
+            split_rngs={"params": False},
+            axis_name="batch",
+        )
+        layer = shared(use_running_average=False, axis_name="batch")
+        variables = layer.init(jax.random.key(0), xs)
+        y, _ = layer.apply(variables, xs, mutable=["batch_stats"])
+        np.testing.assert_allclose(np.mean(y, (0, 1)), 0, atol=1e-6)
+        np.testing.assert_allclose(np.std(y, (0, 1)), 1, atol=1e-4)
+
+    def test_scan(self):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.relu(ours(use_running_average=False)(nn.Dense(3)(x))), None
+
+        class Stack(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                scanned = nn.scan(
+                    Block,
+                    variable_axes={"params": 0, "batch_stats": 0},
+                    split_rngs={"params": True},
+                    length=3,
+                )
+                return scanned()(x, None)[0]
+
+        variables = Stack().init(jax.random.key(0), self.x)
+        y, updates = Stack().apply(variables, self.x, mutable=["batch_stats"])
+        (name,) = variables["params"]
+        x = self.x
+        for k in range(3):
+            one = {
+                c: jax.tree.map(lambda leaf, k=k: leaf[k], variables[c][name]) for c in variables
+            }
+            (x, _), update = Block().apply(one, x, None, mutable=["batch_stats"])
+            got = jax.tree.map(lambda leaf, k=k: leaf[k], updates["batch_stats"][name])
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, update["batch_stats"]
+            )
+        np.testing.assert_allclose(y, x, atol=1e-5)
