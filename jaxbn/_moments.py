@@ -64,38 +64,45 @@ def _moments_on_one_device(x: jax.Array, mask: jax.Array | None, axes: tuple[int
     n = _count(x, mask, axes)
     divisor = jnp.maximum(n, 1)
 
-    # One pass over x is enough unless E[x^2] and E[x]^2 are so close that little is left of their
-    # difference: up to a mean of two deviations it has at most five times the rounding error.
-    mean = _sum(x, axes, mask) / divisor
-    var = _sum(jnp.square(x), axes, mask) / divisor - jnp.square(mean)
-    var = jnp.maximum(var, 0)
-    accurate = (jnp.abs(mean) <= 2 * jnp.sqrt(var)) & (var < jnp.inf)
+    def is_accurate(mean: jax.Array, var: jax.Array) -> jax.Array:
+        # Var = E[d^2] - E[d]^2 has at most five times the rounding error of E[d^2].
+        return (jnp.abs(mean) <= 2 * jnp.sqrt(var)) & (var < jnp.inf)
 
-    def about_the_mean() -> tuple[jax.Array, jax.Array, jax.Array]:
-        shift = jnp.where(accurate, 0, _within(mean, x, axes, mask))
+    def needs_another_pass(passes_and_moments: tuple[jax.Array, ...]) -> jax.Array:
+        passes, _, mean, var = passes_and_moments
+        return (passes < 3) & ~jnp.all(is_accurate(mean, var))
+
+    def about_the_mean(passes_and_moments: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        passes, shift, mean, var = passes_and_moments
+        shift = jnp.where(is_accurate(mean, var), shift, shift + mean)
         deviation = x - shift
-        mean_left = _sum(deviation, axes, mask) / divisor
+        mean = _sum(deviation, axes, mask) / divisor
         # Divided before the sum, which would overflow for deviations that their square does not.
         mean_square = _sum(deviation * (deviation / divisor), axes, mask)
-        return shift, mean_left, jnp.maximum(mean_square - jnp.square(mean_left), 0)
+        return passes + 1, shift, mean, jnp.maximum(mean_square - jnp.square(mean), 0)
 
-    def about_zero() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return jnp.zeros_like(mean), mean, var
-
-    return Moments(n, *lax.cond(jnp.all(accurate), about_zero, about_the_mean))
+    # The first pass, about zero, mostly is enough. A second is about a mean that is right but for
+    # rounding, a third about the number nearest to it: of equal values, their value.
+    mean = _sum(x, axes, mask) / divisor
+    var = jnp.maximum(_sum(jnp.square(x), axes, mask) / divisor - jnp.square(mean), 0)
+    first = jnp.ones((), jnp.int32), jnp.zeros_like(mean), mean, var
+    _, shift, mean, var = lax.while_loop(needs_another_pass, about_the_mean, first)
+    return Moments(n, shift, mean, var)
 
 
 def _pool(parts: Moments) -> Moments:
     """Moments of the whole from its parts', stacked on the first axis (Chan et al., 1979)."""
-    total = _sum(parts.n, (0,))
-    weight = parts.n / jnp.maximum(total, 1)
-    means = parts.shift + parts.mean
-    shift = _within(_sum(weight * means, (0,)), means, (0,), parts.n > 0)
-    shift = jnp.where(total > 0, shift, 0)
-    deviation = (parts.shift - shift) + parts.mean
-    mean = _sum(weight * deviation, (0,))
+    n = _sum(parts.n, (0,))
+    weight = parts.n / jnp.maximum(n, 1)
+    shift, mean = jnp.zeros_like(parts.shift[:1]), jnp.zeros_like(parts.mean[:1])
+    deviation = parts.mean
+    for _ in range(3):
+        # As within one part: about zero, about the mean, about the number nearest to it.
+        shift = shift + mean
+        deviation = (parts.shift - shift) + parts.mean
+        mean = _sum(weight * deviation, (0,))
     var = _sum(weight * (parts.var + jnp.square(deviation - mean)), (0,))
-    return Moments(*(whole[0] for whole in (total, shift, mean, var)))
+    return Moments(*(whole[0] for whole in (n, shift, mean, var)))
 
 
 def _gather(
@@ -126,18 +133,6 @@ def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.A
     # Counted as integers: a float32 sum of ones stops at 2^24.
     marked = jnp.sum(mask, axes, keepdims=True, dtype=jnp.int32)
     return marked.astype(x.dtype) * jnp.asarray(copies, x.dtype)
-
-
-def _within(
-    mean: jax.Array, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None
-) -> jax.Array:
-    """A mean brought back among its values, out of which rounding can put it.
-
-    Of equal values it is their value, exactly.
-    """
-    low = jnp.min(x, axes, keepdims=True, initial=jnp.inf, where=mask)
-    high = jnp.max(x, axes, keepdims=True, initial=-jnp.inf, where=mask)
-    return jnp.clip(mean, low, high)
 
 
 def _sum(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) -> jax.Array:

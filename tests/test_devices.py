@@ -1,0 +1,268 @@
+"""N devices give what one device gives with the whole batch, in every way of mapping."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+import jaxbn.linen
+from tests import oracle
+
+DEVICES = 8
+FEATURES = 6
+
+# Sums of some hundred numbers of order one, in another order: 1e-9 leaves float64 six digits.
+TOLERANCE = 1e-9
+
+
+def function(x, params, state, **options):
+    """The function itself, and the Linen module, as the same function of the same arguments."""
+    return jaxbn.batch_norm(params, state, x, True, **options)
+
+
+def linen(x, params, state, mask=None, **options):
+    layer = jaxbn.linen.BatchNorm(use_running_average=False, **options)
+    variables = {"params": params, "batch_stats": state}
+    y, updates = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    return y, updates["batch_stats"]
+
+
+def step(x, mask, dy, params, state, layer=function, **options):
+    """y, dx, the gradients of the parameters, and the new state."""
+
+    def forward(x, params):
+        return layer(x, params, state, mask=mask, **options)
+
+    y, vjp, state = jax.vjp(forward, x, params, has_aux=True)
+    return y, *vjp(dy), state
+
+
+def split(batch):
+    return jax.tree.map(lambda v: v.reshape(DEVICES, -1, *v.shape[1:]), batch)
+
+
+def join(batch):
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), batch)
+
+
+def by_mapping(map_, batch, params, state, layer):
+    """`vmap` and `pmap`: every device has results of its own, those of the parameters too."""
+    each = partial(step, params=params, state=state, layer=layer, axis_name="data")
+    y, dx, dparams, states = map_(each, axis_name="data")(*split(batch))
+    return *join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams), states
+
+
+def by_shard_map(batch, params, state, layer, axes=("data",), sizes=(DEVICES,), check=True):
+    """`shard_map`; where it checks replication, it sums the parameters' gradients by itself."""
+    name = axes if len(axes) > 1 else axes[0]
+
+    def each(batch):
+        y, dx, dparams, new = step(*batch, params, state, layer, axis_name=name)
+        if not check:
+            dparams = jax.lax.psum(dparams, name)
+        return y, dx, dparams, new, jax.tree.map(lambda v: v[None], new)
+
+    mesh = jax.make_mesh(sizes, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    mapped = jax.shard_map(
+        each,
+        mesh=mesh,
+        in_specs=P(axes),
+        out_specs=(P(axes), P(axes), P(), P(), P(axes)),
+        check_vma=check,
+    )
+    y, dx, dparams, _, states = jax.jit(mapped)(batch)
+    return y, dx, dparams, states
+
+
+def by_jit(batch, params, state, layer, features=False):
+    """`jit` over sharded arrays: no axis name, and nothing to sum by hand."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    feature = "model" if features else None
+    sharded = NamedSharding(mesh, P("data" if features else ("data", "model"), None, feature))
+    whole = NamedSharding(mesh, P(feature))
+    x, mask, dy = (v if v is None else jax.device_put(v, sharded) for v in batch)
+    params, state = jax.tree.map(lambda v: jax.device_put(v, whole), (params, state))
+    assert len(x.sharding.device_set) == DEVICES
+    y, dx, dparams, new = jax.jit(partial(step, layer=layer))(x, mask, dy, params, state)
+    replicated = jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, P())), new)
+    states = jax.tree.map(
+        lambda v: np.stack([np.asarray(shard.data) for shard in v.addressable_shards]), replicated
+    )
+    return y, dx, dparams, states
+
+
+WAYS = {
+    "vmap": partial(by_mapping, jax.vmap),
+    "pmap": partial(by_mapping, jax.pmap),
+    "shard_map": by_shard_map,
+    "shard_map, unchecked": partial(by_shard_map, check=False),
+    "shard_map over two axes": partial(by_shard_map, axes=("data", "model"), sizes=(4, 2)),
+    "shard_map over two axes, unchecked": partial(
+        by_shard_map, axes=("data", "model"), sizes=(4, 2), check=False
+    ),
+    "jit, batch sharded": by_jit,
+    "jit, batch and features sharded": partial(by_jit, features=True),
+}
+
+
+def no_mask(rng, shape):
+    return None
+
+
+def unequal(rng, shape):
+    """Each device's share of values that count is its own."""
+    share = np.repeat(np.linspace(0.1, 0.9, DEVICES), shape[0] // DEVICES)
+    return rng.random(shape) < share[:, None, None]
+
+
+def a_device_without(rng, shape):
+    """Nothing counts on the third device, and everything elsewhere."""
+    mask = np.ones(shape, bool)
+    mask[2 * shape[0] // DEVICES : 3 * shape[0] // DEVICES] = False
+    return mask
+
+
+def nothing(rng, shape):
+    return np.zeros(shape, bool)
+
+
+# name: (the whole batch's shape, its mask)
+BATCHES = {
+    "equal": ((16, 5, FEATURES), no_mask),
+    "one value per device": ((DEVICES, 1, FEATURES), no_mask),
+    "unequal": ((16, 5, FEATURES), unequal),
+    "a device without values": ((16, 5, FEATURES), a_device_without),
+    "no value at all": ((16, 5, FEATURES), nothing),
+}
+
+
+def problem(name):
+    rng = np.random.default_rng(0)
+    shape, mask = BATCHES[name]
+    x, dy = 3 + 2 * rng.normal(size=shape), rng.normal(size=shape)
+    # Devices' means differ by more than the deviation within one.
+    x += np.repeat(5 * rng.normal(size=(DEVICES, 1, 1)), shape[0] // DEVICES, 0)
+    mask = mask(rng, shape)
+    if mask is not None:
+        x, mask = np.where(mask, x, np.nan), jnp.asarray(mask)
+    names = ("scale", "bias"), ("mean", "var")
+    params, state = ({k: jnp.asarray(rng.normal(size=FEATURES)) for k in key} for key in names)
+    return (jnp.asarray(x), mask, jnp.asarray(dy)), params, state
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("layer", [function, linen], ids=["function", "linen"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("way", WAYS)
+def test_n_devices_equal_one(way, batch, layer):
+    batch, params, state = problem(batch)
+    *wanted, wanted_state = step(*batch, params, state)
+    *got, states = WAYS[way](batch, params, state, layer)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE), got, wanted)
+    for key, each in states.items():
+        # Bit-identical on every device.
+        each = np.asarray(each).reshape(DEVICES, FEATURES)
+        np.testing.assert_array_equal(each, each[:1].repeat(DEVICES, 0))
+        np.testing.assert_allclose(each[0], wanted_state[key], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("check", [True, False])
+def test_gradients_from_outside_of_shard_map(check):
+    batch, params, state = problem("unequal")
+    x, mask, dy = batch
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def forward(x, mask, params):
+        return jaxbn.batch_norm(params, state, x, True, mask=mask, axis_name="data")[0]
+
+    mapped = jax.shard_map(
+        forward, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P("data"), check_vma=check
+    )
+    y, vjp = jax.vjp(jax.jit(lambda x, params: mapped(x, mask, params)), x, params)
+    wanted = step(*batch, params, state)[:3]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE), (y, *vjp(dy)), wanted
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 5], [7, 2], [1, 3], [6, 4]]])
+@pytest.mark.parametrize("batch", ["equal", "unequal"])
+def test_groups_of_devices(groups, batch):
+    """`pmap` has groups; within each, N devices equal one."""
+    batch, params, state = problem(batch)
+    each = partial(step, params=params, state=state, axis_name="data", axis_index_groups=groups)
+    split_batch = split(batch)
+    got = jax.pmap(each, axis_name="data")(*split_batch)
+    for group in groups:
+        members = np.array(group)
+        part = join(jax.tree.map(lambda v, m=members: v[m], split_batch))
+        *wanted, wanted_state = step(*part, params, state)
+        y, dx, dparams, states = jax.tree.map(lambda v, m=members: v[m], got)
+        ours = [*join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams)]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE), ours, wanted
+        )
+        for key, values in states.items():
+            np.testing.assert_array_equal(values, values[:1].repeat(len(group), 0))
+            np.testing.assert_allclose(values[0], wanted_state[key], rtol=0, atol=TOLERANCE)
+
+
+HARD = {
+    "N(1e5, 1)": lambda rng, n: 1e5 + rng.normal(size=(DEVICES, n, 4)),
+    "devices far from one another": lambda rng, n: (
+        1e5 * np.arange(DEVICES)[:, None, None] + rng.normal(size=(DEVICES, n, 4))
+    ),
+    "one device far from the others": lambda rng, n: (
+        np.where(np.arange(DEVICES)[:, None, None] == 5, 1e5, 1.0) + rng.normal(size=(DEVICES, n, 4))
+    ),
+    "devices' means a few deviations apart, far from zero": lambda rng, n: (
+        1e5 + 3 * np.arange(DEVICES)[:, None, None] + rng.normal(size=(DEVICES, n, 4))
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map", "jit, batch sharded"])
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_accuracy_in_float32(way, name, masked):
+    rng = np.random.default_rng(1)
+    n = 512
+    x = HARD[name](rng, n).astype(np.float32).reshape(DEVICES * n, 1, 4)
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    scale, bias = rng.uniform(0.5, 2, size=(2, 4)).astype(np.float32)
+    mask = unequal(rng, x.shape) if masked else None
+    truth = oracle.batch_norm(x, dy, scale, bias, mask=mask)
+    batch = jax.tree.map(jnp.asarray, (x, mask, dy))
+    params = {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
+    state = {"mean": jnp.zeros(4), "var": jnp.zeros(4)}
+    y, dx, dparams, states = WAYS[way](batch, params, state, partial(function, momentum=0.0))
+    for value, exact in [(y, truth.y), (dx, truth.dx), (dparams["scale"], truth.dscale)]:
+        assert oracle.error(value, exact) <= 1e-6
+    # The mean to a rounding of its own size.
+    assert oracle.error(np.asarray(states["mean"])[0].reshape(4), truth.mean) <= 2e-7
+    count = x[..., 0].size if mask is None else mask.reshape(-1, 4).sum(0)
+    var = truth.var * count / (count - 1)
+    assert oracle.error(np.asarray(states["var"])[0].reshape(4), var) <= 1e-6
+
+
+@pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map"])
+def test_a_feature_constant_on_all_devices_is_exactly_zero(way):
+    """On seven of them: of seven times 3.3 in float32, a seventh is not 3.3."""
+    x = jnp.full((16, 5, FEATURES), 3.3, jnp.float32)
+    mask = jnp.asarray(a_device_without(None, x.shape))
+    params, state = jaxbn.init(x.shape)
+    y, *_ = WAYS[way]((x, mask, jnp.ones_like(x)), params, state, function)
+    np.testing.assert_array_equal(y, 0)
+
+
+def test_evaluation_needs_no_axis_name():
+    x = jnp.ones((4, 3))
+    params, state = jaxbn.init(x.shape)
+    jaxbn.batch_norm(params, state, x, False, axis_name="data")
