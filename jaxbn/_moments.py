@@ -130,9 +130,7 @@ def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.A
     if mask is None:
         return jnp.asarray(math.prod(x.shape[a] for a in axes), x.dtype)
     copies = math.prod(x.shape[a] for a in axes if mask.shape[a] != x.shape[a])
-    # Counted as integers: a float32 sum of ones stops at 2^24.
-    marked = jnp.sum(mask, axes, keepdims=True, dtype=jnp.int32)
-    return marked.astype(x.dtype) * jnp.asarray(copies, x.dtype)
+    return _sum(mask.astype(x.dtype), axes) * jnp.asarray(copies, x.dtype)
 
 
 def _sum(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) -> jax.Array:

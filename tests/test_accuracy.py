@@ -118,6 +118,15 @@ def test_many_values():
     assert oracle.error(y, truth) <= TOLERANCE
 
 
+def test_a_count_that_float32_cannot_reach_by_ones():
+    x = jnp.tile(jnp.array([[1.0], [3.0]]), (2**24, 1))
+    mask = jnp.ones((len(x), 1), bool)
+    state = {"mean": jnp.zeros(1), "var": jnp.zeros(1)}
+    step = jax.jit(lambda x: jaxbn.batch_norm({}, state, x, True, momentum=0.0, mask=mask)[1])
+    np.testing.assert_allclose(step(x)["mean"], 2, rtol=TOLERANCE)
+    np.testing.assert_allclose(step(x)["var"], 1, rtol=TOLERANCE)
+
+
 def test_a_naive_variance_would_be_caught():
     x = INPUTS["N(1e4, 1)"].astype(np.float32)
 

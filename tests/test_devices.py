@@ -182,7 +182,11 @@ def test_gradients_from_outside_of_shard_map(check):
         return jaxbn.batch_norm(params, state, x, True, mask=mask, axis_name="data")[0]
 
     mapped = jax.shard_map(
-        forward, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P("data"), check_vma=check
+        forward,
+        mesh=mesh,
+        in_specs=(P("data"), P("data"), P()),
+        out_specs=P("data"),
+        check_vma=check,
     )
     y, vjp = jax.vjp(jax.jit(lambda x, params: mapped(x, mask, params)), x, params)
     wanted = step(*batch, params, state)[:3]
@@ -220,7 +224,8 @@ HARD = {
         1e5 * np.arange(DEVICES)[:, None, None] + rng.normal(size=(DEVICES, n, 4))
     ),
     "one device far from the others": lambda rng, n: (
-        np.where(np.arange(DEVICES)[:, None, None] == 5, 1e5, 1.0) + rng.normal(size=(DEVICES, n, 4))
+        np.where(np.arange(DEVICES)[:, None, None] == 5, 1e5, 1.0)
+        + rng.normal(size=(DEVICES, n, 4))
     ),
     "devices' means a few deviations apart, far from zero": lambda rng, n: (
         1e5 + 3 * np.arange(DEVICES)[:, None, None] + rng.normal(size=(DEVICES, n, 4))

@@ -1,0 +1,104 @@
+"""How often devices speak to one another, counted in the compiled program."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+
+SHAPE = (16, 5, 6)
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def collectives(compiled) -> list[str]:
+    return COLLECTIVE.findall(compiled.as_text())
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@pytest.fixture(params=[False, True], ids=["", "masked"])
+def batch(request):
+    x = jnp.ones(SHAPE)
+    return (x, jnp.ones(SHAPE, bool)) if request.param else (x,)
+
+
+def forward(params, state, x, mask=None, train=True, axis_name="data"):
+    return jaxbn.batch_norm(params, state, x, train, mask=mask, axis_name=axis_name)
+
+
+def backward(params, state, *batch, axis_name="data"):
+    def y(params, x):
+        return forward(params, state, x, *batch[1:], axis_name=axis_name)
+
+    y, vjp, state = jax.vjp(y, params, batch[0], has_aux=True)
+    return y, state, vjp(y)
+
+
+def shard_mapped(function, mesh, batch, check, gradients=False):
+    parameters = P() if check else P("data")
+    out = (P("data"), P(), (parameters, P("data"))) if gradients else (P("data"), P())
+    params, state = jaxbn.init(SHAPE, keepdims=True)
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(P(), P(), *[P("data")] * len(batch)),
+        out_specs=out,
+        check_vma=check,
+    )
+    return jax.jit(mapped).lower(params, state, *batch).compile()
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_shard_map_has_one_forward_and_one_backward(mesh, batch, check):
+    """The backward one carries the gradients of the parameters too where the check sums them."""
+    assert collectives(shard_mapped(forward, mesh, batch, check)) == ["all-reduce"]
+    both = shard_mapped(backward, mesh, batch, check, gradients=True)
+    assert collectives(both) == ["all-reduce"] * 2
+
+
+def test_pmap_has_one_forward_and_one_backward(batch):
+    params, state = jaxbn.init(SHAPE)
+    split = [v.reshape(8, 2, *SHAPE[1:]) for v in batch]
+    axes = (None, None, *[0] * len(batch))
+    for function, count in [(forward, 1), (backward, 2)]:
+        mapped = jax.pmap(function, axis_name="data", in_axes=axes)
+        assert collectives(mapped.lower(params, state, *split).compile()) == ["all-reduce"] * count
+
+
+def test_jit_has_two_forward_and_one_backward(mesh, batch):
+    """The second forward runs only where the first, about zero, is not accurate."""
+    sharded, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    params, state = jax.device_put(jaxbn.init(SHAPE), replicated)
+    batch = jax.device_put(batch, sharded)
+    for function, count, out in [
+        (forward, 2, (sharded, replicated)),
+        (backward, 3, (sharded, replicated, (replicated, sharded))),
+    ]:
+        jitted = jax.jit(function, static_argnames="axis_name", out_shardings=out)
+        compiled = jitted.lower(params, state, *batch, axis_name=None).compile()
+        assert collectives(compiled) == ["all-reduce"] * count
+
+
+def test_evaluation_has_none(mesh, batch):
+    def evaluate(params, state, *batch):
+        return forward(params, state, *batch, train=False)
+
+    assert collectives(shard_mapped(evaluate, mesh, batch, check=True)) == []
+
+
+def test_the_count_sees_a_collective(mesh):
+    def total(x):
+        return jax.lax.psum(x, "data")
+
+    mapped = jax.jit(jax.shard_map(total, mesh=mesh, in_specs=P("data"), out_specs=P()))
+    assert collectives(mapped.lower(np.ones(8)).compile()) == ["all-reduce"]
