@@ -43,7 +43,7 @@ def init(
       asked for, `count` (int32, 0).
 
     Raises:
-      ValueError: `shape` or `axis` is not one.
+      ValueError: `shape` is no sequence of sizes, or `axis` is out of its range.
       TypeError: `param_dtype` is not floating.
 
     Example:
@@ -117,8 +117,9 @@ def batch_norm(
       batch_variance: the estimator that normalizes, "biased" (divided by n) or "unbiased" (n - 1).
       running_variance: the estimator that is tracked.
       axis_name: the mapped axis, or axes, (of `vmap`, `pmap`, `shard_map`) that share statistics.
-        Under `jit` with sharded arrays none is needed.
-      axis_index_groups: groups of indices of `axis_name` that share statistics; by default all do.
+        Under `jit` with sharded arrays none is needed. Evaluation does not look at it.
+      axis_index_groups: groups of indices of `axis_name` that share statistics, all of one size;
+        by default all do.
       mask: booleans that broadcast against `x`, True where a value counts. What lies under False
         touches nothing; the output there is `bias`. A batch without a value that counts leaves the
         state as it is.
@@ -126,7 +127,8 @@ def batch_norm(
 
     Returns:
       `y`, of the shape of `x`, and the new state, of the shapes of the old. Statistics are computed
-      and kept in float32, or in float64 where `x` or the state is; no gradient flows into them.
+      in float32, or float64 where `x` is, and kept in it or in the state's dtype where that is
+      wider. No gradient flows into the new state.
 
     Raises:
       ValueError: an argument that is out of its range or does not fit the others; one value per
@@ -151,11 +153,12 @@ def batch_norm(
     train = _checks.python_bool("train", train)
     use_batch = train or state is None
     _checks.momentum(momentum, state, train)
-    _checks.epsilon(epsilon, use_batch)
+    _checks.epsilon(epsilon, use_batch, _statistics_dtype(x.dtype))
     _checks.estimator("batch_variance", batch_variance)
     _checks.estimator("running_variance", running_variance)
     mask = _checks.mask(mask, x.shape)
     dtype = x.dtype if dtype is None else _checks.floating_dtype("dtype", dtype)
+    _checks.axis_index_groups(axis_index_groups, axis_name)
     if use_batch:
         _checks.axis_name(axis_name, axis_index_groups)
         if "unbiased" in (batch_variance, running_variance):
@@ -169,13 +172,18 @@ def batch_norm(
 
     x = x.astype(statistics_dtype)
     new_state = state
-    if train or state is None:
+    if use_batch:
         reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
         batch = moments(x, mask, reduced_axes, axis_name, axis_index_groups)
-        shift, mean, var = batch.shift, batch.mean, _variance(batch, batch_variance)
+        shift, mean, var = (
+            lax.stop_gradient(batch.shift),
+            batch.mean,
+            _variance(batch, batch_variance),
+        )
         if state is not None:
             new_state = _update(state, batch, momentum, running_variance)
     else:
+        assert state is not None
         shift, mean, var = feature(state["mean"]), 0, feature(state["var"])
 
     # y = scale (x - shift - mean) / sqrt(var + epsilon) + bias, with all that is constant within a
@@ -213,10 +221,14 @@ def _update(
 
     def moved(old: jax.Array, value: jax.Array, exists: jax.Array) -> jax.Array:
         dtype = _statistics_dtype(old.dtype, value.dtype)
-        weight = 1 - momentum if momentum is not None else 1 / new["count"].astype(dtype)
-        value, exists = (jnp.broadcast_to(v, batch.mean.shape) for v in (value, exists))
-        old, value = old.astype(dtype), value.astype(dtype).reshape(old.shape)
-        return jnp.where(exists.reshape(old.shape), (1 - weight) * old + weight * value, old)
+        if momentum is None:
+            weight = 1 / jnp.maximum(new["count"], 1).astype(dtype)
+            old_weight = 1 - weight
+        else:
+            weight, old_weight = 1 - momentum, momentum
+        value = jnp.where(exists, weight * value.astype(dtype), 0)
+        kept = jnp.where(exists, old_weight, 1) * old.astype(dtype).reshape(batch.mean.shape)
+        return (kept + value).reshape(old.shape)
 
     fewest = 2 if running_variance == "unbiased" else 1
     new["mean"] = moved(state["mean"], batch.shift + batch.mean, batch.n > 0)

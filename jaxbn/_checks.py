@@ -108,10 +108,8 @@ def state(state: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
         )
     _leaf("state['mean']", state["mean"], x_shape, axes)
     _leaf("state['var']", state["var"], x_shape, axes)
-    if "count" in state and np.shape(state["count"]) != ():
-        raise ValueError(
-            f"state['count'] must be a scalar, got one of shape {np.shape(state['count'])}."
-        )
+    if "count" in state:
+        _count(state["count"])
 
 
 def momentum(momentum: Any, state: Mapping[str, Any] | None, train: bool) -> None:
@@ -122,24 +120,23 @@ def momentum(momentum: Any, state: Mapping[str, Any] | None, train: bool) -> Non
                 "state must have 'count', as init(..., track_count=True) makes it."
             )
         return
-    if isinstance(momentum, Tracer):
-        return
-    if not (_is_number(momentum) and 0 <= momentum <= 1):
+    if not _is_number(momentum) or not (isinstance(momentum, Tracer) or 0 <= momentum <= 1):
         raise ValueError(
             f"momentum must be None or lie in [0, 1], got {momentum!r}. It is the weight of the "
             f"old value: PyTorch's momentum is one minus it."
         )
 
 
-def epsilon(epsilon: Any, use_batch: bool) -> None:
-    if isinstance(epsilon, Tracer):
-        return
-    if not (_is_number(epsilon) and 0 <= epsilon < math.inf):
+def epsilon(epsilon: Any, use_batch: bool, dtype: jnp.dtype) -> None:
+    is_traced = isinstance(epsilon, Tracer)
+    if not _is_number(epsilon) or not (is_traced or 0 <= epsilon < math.inf):
         raise ValueError(f"epsilon must be a finite number, not negative, got {epsilon!r}.")
-    if use_batch and epsilon == 0:
+    smallest = float(jnp.finfo(dtype).tiny)
+    if use_batch and not is_traced and epsilon < smallest:
         raise ValueError(
-            "epsilon must be positive where the batch's own statistics normalize, got 0: a feature "
-            "that is constant in a batch would be divided by zero."
+            f"epsilon must be at least {smallest:.2g}, the smallest normal number of {dtype}, "
+            f"where the batch's own statistics normalize, got {epsilon!r}: a feature that is "
+            f"constant in a batch would be divided by zero."
         )
 
 
@@ -167,21 +164,34 @@ def mask(mask: Any, x_shape: tuple[int, ...]) -> jax.Array | None:
     return mask.reshape((1,) * (len(x_shape) - mask.ndim) + mask.shape)
 
 
+def axis_index_groups(groups: Sequence[Sequence[int]] | None, axis_name: Hashable | None) -> None:
+    if groups is not None and axis_name is None:
+        raise ValueError(
+            f"axis_index_groups={groups!r} are groups of an axis: axis_name must name it, got None."
+        )
+
+
 def axis_name(
     axis_name: Hashable | None, axis_index_groups: Sequence[Sequence[int]] | None
 ) -> None:
-    if axis_name is None and axis_index_groups is not None:
-        raise ValueError(
-            f"axis_index_groups={axis_index_groups!r} are groups of an axis: axis_name must name "
-            f"it, got None."
-        )
+    if axis_name is None:
+        return
     try:
-        _devices(axis_name, axis_index_groups)
+        size = _devices(axis_name, None)
     except NameError:
         raise ValueError(
             f"axis_name={axis_name!r} is not bound: call batch_norm inside a vmap, pmap or "
             f"shard_map that names it, or pass axis_name=None."
         ) from None
+    if axis_index_groups is None:
+        return
+    sizes = {len(group) for group in axis_index_groups}
+    members = sorted(index for group in axis_index_groups for index in group)
+    if len(sizes) != 1 or members != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups!r} must be groups of one size that hold each "
+            f"index of axis_name={axis_name!r}, 0 to {size - 1}, once."
+        )
 
 
 def more_than_one_value(
@@ -219,8 +229,22 @@ def _leaf(name: str, leaf: Any, x_shape: tuple[int, ...], axes: tuple[int, ...])
         raise TypeError(f"{name} must be an array of a floating dtype, got {got}.")
 
 
+def _count(count: Any) -> None:
+    dtype = getattr(count, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        got = type(count).__name__ if dtype is None else dtype
+        raise TypeError(f"state['count'] must be a scalar array of an integer dtype, got {got}.")
+    if np.shape(count) != ():
+        raise ValueError(f"state['count'] must be a scalar, got one of shape {np.shape(count)}.")
+
+
 def _is_number(value: Any) -> bool:
-    return np.ndim(value) == 0 and isinstance(value, int | float | np.number | jax.Array)
+    """A real scalar, traced or not; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.generic | jax.Array):
+        return False
+    dtype = jnp.result_type(value)
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return real and np.ndim(value) == 0
 
 
 def _plain(axes: tuple[int, ...]) -> int | tuple[int, ...]:

@@ -14,7 +14,7 @@ from jax import lax
 class Moments(NamedTuple):
     """What is known of a batch, each of a shape that broadcasts against it.
 
-    The batch's mean is `shift + mean`: a number near it, and what that number lacks. Kept apart,
+    The batch's mean is `shift + mean`: a number next to it, and what that number lacks. Kept apart,
     the two say where the mean lies to a fraction of a deviation, however far from zero it is.
     """
 
@@ -64,30 +64,33 @@ def _moments_on_one_device(x: jax.Array, mask: jax.Array | None, axes: tuple[int
     n = _count(x, mask, axes)
     divisor = jnp.maximum(n, 1)
 
-    def is_accurate(mean: jax.Array, var: jax.Array) -> jax.Array:
-        # Var = E[d^2] - E[d]^2 has at most five times the rounding error of E[d^2].
-        return (jnp.abs(mean) <= 2 * jnp.sqrt(var)) & (var < jnp.inf)
+    def is_accurate(batch: Moments) -> jax.Array:
+        # Var = E[d^2] - E[d]^2 has at most twice the rounding error of E[d^2].
+        return (jnp.abs(batch.mean) <= jnp.sqrt(batch.var)) & (batch.var < jnp.inf)
 
-    def needs_another_pass(passes_and_moments: tuple[jax.Array, ...]) -> jax.Array:
-        passes, _, mean, var = passes_and_moments
-        return (passes < 3) & ~jnp.all(is_accurate(mean, var))
+    def needs_another_pass(passes_and_batch: tuple[jax.Array, Moments]) -> jax.Array:
+        passes, batch = passes_and_batch
+        return (passes < 3) & ~jnp.all(is_accurate(batch))
 
-    def about_the_mean(passes_and_moments: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        passes, shift, mean, var = passes_and_moments
-        shift = jnp.where(is_accurate(mean, var), shift, shift + mean)
+    def about_the_mean(passes_and_batch: tuple[jax.Array, Moments]) -> tuple[jax.Array, Moments]:
+        passes, batch = passes_and_batch
+        shift = jnp.where(is_accurate(batch), batch.shift, batch.shift + batch.mean)
         deviation = x - shift
         mean = _sum(deviation, axes, mask) / divisor
         # Divided before the sum, which would overflow for deviations that their square does not.
         mean_square = _sum(deviation * (deviation / divisor), axes, mask)
-        return passes + 1, shift, mean, jnp.maximum(mean_square - jnp.square(mean), 0)
+        var = jnp.maximum(mean_square - jnp.square(mean), 0)
+        return passes + 1, Moments(n, shift, mean, var)
 
     # The first pass, about zero, mostly is enough. A second is about a mean that is right but for
     # rounding, a third about the number nearest to it: of equal values, their value.
     mean = _sum(x, axes, mask) / divisor
     var = jnp.maximum(_sum(jnp.square(x), axes, mask) / divisor - jnp.square(mean), 0)
-    first = jnp.ones((), jnp.int32), jnp.zeros_like(mean), mean, var
-    _, shift, mean, var = lax.while_loop(needs_another_pass, about_the_mean, first)
-    return Moments(n, shift, mean, var)
+    first = jnp.ones((), jnp.int32), Moments(n, jnp.zeros_like(mean), mean, var)
+    _, batch = lax.while_loop(needs_another_pass, about_the_mean, first)
+
+    nearest = batch.shift + batch.mean
+    return Moments(n, nearest, (batch.shift - nearest) + batch.mean, batch.var)
 
 
 def _pool(parts: Moments) -> Moments:

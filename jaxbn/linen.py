@@ -1,6 +1,7 @@
 """`BatchNorm` for `flax.linen`: where its parameters and statistics live. No arithmetic."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -96,7 +97,11 @@ class BatchNorm(nn.Module):
         feature_axes = _checks.feature_axes(self.axis, x.shape)
         features = tuple(x.shape[a] for a in feature_axes)
 
-        _, initial = init(x.shape, self.axis, track_count=self.momentum is None)
+        for name in ("batch_variance", "running_variance"):
+            _checks.estimator(name, getattr(self, name))
+
+        count = self.momentum is None or self.has_variable("batch_stats", "count")
+        _, initial = init(x.shape, self.axis, track_count=count)
         stats = {
             name: self.variable("batch_stats", name, lambda leaf=leaf: leaf)
             for name, leaf in initial.items()
@@ -107,25 +112,37 @@ class BatchNorm(nn.Module):
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
 
-        # While it initializes, the layer only shows its output's shape and dtype: whatever the
-        # batch is, and with no other device.
-        initializing = self.is_initializing() and not use_running_average
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "mask": mask,
+            "dtype": canonicalize_dtype(x, *params.values(), dtype=self.dtype),
+        }
+        if self.is_initializing() and not use_running_average:
+            # Only the output's shape and dtype matter: any batch will do, of one device.
+            y, _ = batch_norm(
+                params,
+                None,
+                x,
+                True,
+                batch_variance="biased",
+                running_variance="biased",
+                **options,
+            )
+            return y
         y, state = batch_norm(
             params,
-            None if initializing else {name: stat.value for name, stat in stats.items()},
+            {name: stat.value for name, stat in stats.items()},
             x,
-            train=not use_running_average,
-            axis=self.axis,
+            not use_running_average,
             momentum=self.momentum,
-            epsilon=self.epsilon,
-            batch_variance="biased" if initializing else self.batch_variance,
-            running_variance="biased" if initializing else self.running_variance,
-            axis_name=None if initializing else self.axis_name,
-            axis_index_groups=None if initializing else self.axis_index_groups,
-            mask=mask,
-            dtype=canonicalize_dtype(x, *params.values(), dtype=self.dtype),
+            batch_variance=self.batch_variance,
+            running_variance=self.running_variance,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            **options,
         )
-        if state is not None and not use_running_average:
+        if not use_running_average:
             for name, stat in stats.items():
                 stat.value = state[name]
         return y

@@ -30,10 +30,10 @@ def main(coordinator: str, processes: str, process: str, problem: str, out: str)
     batch = {k: jax.make_array_from_process_local_data(sharded, v[own]) for k, v in batch.items()}
 
     def step(x, mask, dy, axis_name):
-        def y(x, params):
+        def forward(x, params):
             return jaxbn.batch_norm(params, state, x, True, mask=mask, axis_name=axis_name)
 
-        y, vjp, new = jax.vjp(y, x, params, has_aux=True)
+        y, vjp, new = jax.vjp(forward, x, params, has_aux=True)
         dx, dparams = vjp(dy)
         return {"y": y, "dx": dx}, {**dparams, **new}
 

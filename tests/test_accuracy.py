@@ -15,6 +15,8 @@ ROW = np.arange(N)[:, None]
 INPUTS = {
     "N(0, 1)": NORMAL,
     "N(2, 1)": NORMAL + 2,
+    "N(0.95, 1)": NORMAL + 0.95,
+    "N(1.5, 1)": NORMAL + 1.5,
     "N(1e3, 1)": NORMAL + 1e3,
     "N(1e4, 1)": NORMAL + 1e4,
     "N(-1e5, 1)": NORMAL - 1e5,
@@ -70,6 +72,23 @@ def assert_accurate(x, dy, mask=None):
 def test_hard_inputs(name):
     dy = np.random.default_rng(2).normal(size=(N, C)).astype(np.float32)
     assert_accurate(INPUTS[name].astype(np.float32), dy)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.95, 1.5, 1.95, 1e3])
+def test_features_first(mean):
+    """Other reductions for the compiler, which adds up in another order."""
+    rng = np.random.default_rng(7)
+    x = (mean + rng.normal(size=(16, 8, 1000))).astype(np.float32)
+    dy = rng.normal(size=x.shape).astype(np.float32)
+
+    @jax.jit
+    def step(x, dy):
+        y, vjp = jax.vjp(lambda x: jaxbn.batch_norm({}, None, x, True, axis=1)[0], x)
+        return y, vjp(dy)[0]
+
+    truth = oracle.batch_norm(x, dy, axis=1)
+    for a, b in zip(step(x, dy), truth, strict=False):
+        assert oracle.error(a, b) <= TOLERANCE / 2
 
 
 @pytest.mark.parametrize("name", ["N(0, 1)", "N(1e4, 1)", "two clusters far from zero"])

@@ -161,6 +161,7 @@ class TestDtypes:
         state = {"mean": jnp.zeros(3, jnp.bfloat16), "var": jnp.ones(3, jnp.bfloat16)}
         _, new = jaxbn.batch_norm({}, state, x, True)
         assert {v.dtype for v in new.values()} == {jnp.dtype("float32")}
+        np.testing.assert_allclose(new["mean"], 0.1 * x.mean(0), rtol=TOLERANCE)
 
     def test_half_precision_is_summed_in_float32(self):
         x = jnp.full((5000, 1), 3, jnp.float16).at[::2].set(5)
@@ -308,6 +309,8 @@ class TestMask:
 
         grads, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(jnp.asarray(x), params)
         jax.tree.map(np.testing.assert_array_equal, new, state)
+        with jax.debug_nans(True):
+            jaxbn.batch_norm({}, state, jnp.zeros_like(x), True, mask=mask, momentum=momentum)
         np.testing.assert_array_equal(y, np.zeros_like(x))
         np.testing.assert_array_equal(grads[0], np.zeros_like(x))
         np.testing.assert_array_equal(grads[1]["scale"], 0)
@@ -352,7 +355,7 @@ class TestOneValue:
         x = np.array([[4.0, 5.0]], np.float32)
         params, state = jaxbn.init(x.shape)
         y, _ = jaxbn.batch_norm(params, state, x, False)
-        np.testing.assert_allclose(y, x, rtol=1e-5)
+        np.testing.assert_allclose(y, x / np.sqrt(1 + 1e-5), rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("train", [True, False])

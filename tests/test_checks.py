@@ -125,6 +125,16 @@ CASES = {
         ValueError,
         "state['count'] must be a scalar, got one of shape (3,).",
     ),
+    "count that is no integer": (
+        {"state": MEAN_VAR | {"count": np.float32(1)}},
+        TypeError,
+        "state['count'] must be a scalar array of an integer dtype, got float32.",
+    ),
+    "count that is no array": (
+        {"state": MEAN_VAR | {"count": 1}},
+        TypeError,
+        "state['count'] must be a scalar array of an integer dtype, got int.",
+    ),
     "negative momentum": (
         {"momentum": -0.1},
         ValueError,
@@ -142,6 +152,18 @@ CASES = {
         ValueError,
         "momentum must be None or lie in [0, 1], got nan. It is the weight of the old value: "
         "PyTorch's momentum is one minus it.",
+    ),
+    "momentum a boolean": (
+        {"momentum": True},
+        ValueError,
+        "momentum must be None or lie in [0, 1], got True. It is the weight of the old value: "
+        "PyTorch's momentum is one minus it.",
+    ),
+    "momentum per feature": (
+        {"momentum": np.array([0.5, 0.5, 0.5])},
+        ValueError,
+        "momentum must be None or lie in [0, 1], got array([0.5, 0.5, 0.5]). It is the weight of "
+        "the old value: PyTorch's momentum is one minus it.",
     ),
     "momentum a string": (
         {"momentum": "0.9"},
@@ -168,14 +190,28 @@ CASES = {
     "no epsilon in training": (
         {"epsilon": 0.0},
         ValueError,
-        "epsilon must be positive where the batch's own statistics normalize, got 0: a feature "
-        "that is constant in a batch would be divided by zero.",
+        "epsilon must be at least 1.2e-38, the smallest normal number of float32, where the "
+        "batch's own statistics normalize, got 0.0: a feature that is constant in a batch would "
+        "be divided by zero.",
     ),
     "no epsilon without a state": (
         {"epsilon": 0, "state": None, "train": False},
         ValueError,
-        "epsilon must be positive where the batch's own statistics normalize, got 0: a feature "
-        "that is constant in a batch would be divided by zero.",
+        "epsilon must be at least 1.2e-38, the smallest normal number of float32, where the "
+        "batch's own statistics normalize, got 0: a feature that is constant in a batch would "
+        "be divided by zero.",
+    ),
+    "epsilon that is zero in float32": (
+        {"epsilon": 1e-50},
+        ValueError,
+        "epsilon must be at least 1.2e-38, the smallest normal number of float32, where the "
+        "batch's own statistics normalize, got 1e-50: a feature that is constant in a batch would "
+        "be divided by zero.",
+    ),
+    "complex epsilon": (
+        {"epsilon": 1j},
+        ValueError,
+        "epsilon must be a finite number, not negative, got 1j.",
     ),
     "unknown batch_variance": (
         {"batch_variance": "sample"},
@@ -285,6 +321,30 @@ def test_linen_traced_use_running_average():
         "use_running_average must be a Python bool, got a traced bool[]; make it a static argument "
         "of jit, or branch with lax.cond over two calls."
     )
+
+
+def test_traced_momentum_per_feature():
+    with pytest.raises(ValueError, match="momentum must be None or lie in"):
+        jax.jit(lambda m: jaxbn.batch_norm({}, MEAN_VAR, X, True, momentum=m)[0])(np.ones(3))
+
+
+@pytest.mark.parametrize("groups", [[[0], [1, 2, 3]], [[0, 1]], [[0, 1], [1, 2]], []])
+def test_groups_that_do_not_divide_the_axis(groups):
+    def step(x):
+        return jaxbn.batch_norm({}, None, x, True, axis_name="a", axis_index_groups=groups)[0]
+
+    with pytest.raises(ValueError) as caught:
+        jax.pmap(step, axis_name="a")(np.ones((4, 8, 3), np.float32))
+    assert str(caught.value) == (
+        f"axis_index_groups={groups!r} must be groups of one size that hold each index of "
+        f"axis_name='a', 0 to 3, once."
+    )
+
+
+def test_linen_refuses_an_unknown_estimator_when_it_initializes():
+    with pytest.raises(ValueError) as caught:
+        jaxbn.linen.BatchNorm(running_variance="sample").init(jax.random.key(0), X, False)  # type: ignore[arg-type]
+    assert str(caught.value) == "running_variance must be 'biased' or 'unbiased', got 'sample'."
 
 
 def test_one_value_on_each_of_several_devices_is_enough():

@@ -1,7 +1,5 @@
 """How often devices speak to one another, counted in the compiled program."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +8,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from benchmarks import collectives as benchmark
+from benchmarks import scaling
 
 SHAPE = (16, 5, 6)
-COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
 
 
 def collectives(compiled) -> list[str]:
-    return COLLECTIVE.findall(compiled.as_text())
+    return [collective.kind for collective in benchmark.collectives(compiled)]
 
 
 @pytest.fixture
@@ -37,10 +34,10 @@ def forward(params, state, x, mask=None, train=True, axis_name="data"):
 
 
 def backward(params, state, *batch, axis_name="data"):
-    def y(params, x):
+    def of_params_and_x(params, x):
         return forward(params, state, x, *batch[1:], axis_name=axis_name)
 
-    y, vjp, state = jax.vjp(y, params, batch[0], has_aux=True)
+    y, vjp, state = jax.vjp(of_params_and_x, params, batch[0], has_aux=True)
     return y, state, vjp(y)
 
 
@@ -94,6 +91,13 @@ def test_evaluation_has_none(mesh, batch):
         return forward(params, state, *batch, train=False)
 
     assert collectives(shard_mapped(evaluate, mesh, batch, check=True)) == []
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_the_bytes_that_the_model_of_scaling_assumes(devices):
+    forward, backward = benchmark.of_batch_norm(devices, 64)
+    assert [c.bytes for c in forward] == [scaling.forward_bytes(devices, 64)]
+    assert [c.bytes for c in backward] == [scaling.backward_bytes(64)]
 
 
 def test_the_count_sees_a_collective(mesh):

@@ -79,16 +79,17 @@ def by_shard_map(batch, params, state, layer, axes=("data",), sizes=(DEVICES,), 
     return y, dx, dparams, states
 
 
-def by_jit(batch, params, state, layer, features=False):
+def by_jit(batch, params, state, layer, features=False, axis_type=jax.sharding.AxisType.Auto):
     """`jit` over sharded arrays: no axis name, and nothing to sum by hand."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     feature = "model" if features else None
     sharded = NamedSharding(mesh, P("data" if features else ("data", "model"), None, feature))
     whole = NamedSharding(mesh, P(feature))
     x, mask, dy = (v if v is None else jax.device_put(v, sharded) for v in batch)
     params, state = jax.tree.map(lambda v: jax.device_put(v, whole), (params, state))
     assert len(x.sharding.device_set) == DEVICES
-    y, dx, dparams, new = jax.jit(partial(step, layer=layer))(x, mask, dy, params, state)
+    with jax.set_mesh(mesh):
+        y, dx, dparams, new = jax.jit(partial(step, layer=layer))(x, mask, dy, params, state)
     replicated = jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, P())), new)
     states = jax.tree.map(
         lambda v: np.stack([np.asarray(shard.data) for shard in v.addressable_shards]), replicated
@@ -107,6 +108,10 @@ WAYS = {
     ),
     "jit, batch sharded": by_jit,
     "jit, batch and features sharded": partial(by_jit, features=True),
+    "jit, batch sharded, explicit": partial(by_jit, axis_type=jax.sharding.AxisType.Explicit),
+    "jit, batch and features sharded, explicit": partial(
+        by_jit, features=True, axis_type=jax.sharding.AxisType.Explicit
+    ),
 }
 
 

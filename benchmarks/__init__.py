@@ -1,0 +1,1 @@
+"""What batch norm costs, measured: run with `python -m benchmarks…`."""

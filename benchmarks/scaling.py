@@ -1,0 +1,182 @@
+"""What statistics across devices cost: counted, measured on CPU devices, modelled beyond.
+
+`python -m benchmarks.scaling` prints the tables of docs/scaling.md and writes its picture.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+from benchmarks.collectives import of_batch_norm
+
+# The features of ResNet-50's 53 batch norms (He et al., 2015, table 1): the stem, then in each
+# stage the projection of the first block and the three layers of every block.
+STAGES = [(64, 256, 3), (128, 512, 4), (256, 1024, 6), (512, 2048, 3)]
+RESNET50 = [64] + [
+    features
+    for narrow, wide, blocks in STAGES
+    for features in [wide, *[narrow, narrow, wide] * blocks]
+]
+
+DEVICES = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+GROUPS = [16, 64]
+
+
+def forward_bytes(devices: int, features: int) -> int:
+    """The table of count, shift, mean and variance of every device, in float32."""
+    return 4 * 4 * devices * features
+
+
+def backward_bytes(features: int) -> int:
+    """The sums of the cotangent, and of the cotangent times the input, in float32."""
+    return 2 * 4 * features
+
+
+def all_reduce_seconds(bytes_: float, devices: int, latency: float, bandwidth: float) -> float:
+    """A ring's traffic, 2 (D - 1) / D times the bytes, and a latency for each of log2 D rounds."""
+    return latency * np.log2(devices) + 2 * (devices - 1) / devices * bytes_ / bandwidth
+
+
+def step_seconds(devices: int, latency: float, bandwidth: float) -> float:
+    """What a step of ResNet-50 waits for its batch norms."""
+    return sum(
+        all_reduce_seconds(bytes_, devices, latency, bandwidth)
+        for features in RESNET50
+        for bytes_ in (forward_bytes(devices, features), backward_bytes(features))
+    )
+
+
+def print_counted() -> None:
+    print("Counted in the compiled program, 64 features, float32:\n")
+    print("| devices | forward | bytes | backward | bytes |\n|---|---|---|---|---|")
+    for devices in (2, 4, 8):
+        forward, backward = of_batch_norm(devices, 64)
+        cells = [f"{len(c)} | {sum(one.bytes for one in c):,}" for c in (forward, backward)]
+        print(f"| {devices} | {' | '.join(cells)} |")
+
+
+def medians(
+    first: Callable[[], object], second: Callable[[], object], rounds: int = 101
+) -> tuple[float, float, float]:
+    """Median seconds of both, taken turn by turn, and the median of the differences of pairs."""
+    jax.block_until_ready((first(), second()))  # compiled before the clock runs
+    times = []
+    for k in range(rounds):
+        pair = [0.0, 0.0]
+        for which in (k % 2, 1 - k % 2):
+            start = time.perf_counter()
+            jax.block_until_ready((first, second)[which]())
+            pair[which] = time.perf_counter() - start
+        times.append(pair)
+    return (
+        statistics.median(a for a, _ in times),
+        statistics.median(b for _, b in times),
+        statistics.median(a - b for a, b in times),
+    )
+
+
+def print_measured() -> None:
+    """A training step of one layer with and without `axis_name`, on CPU devices."""
+    print(
+        "\nMeasured on CPU devices of one machine, 64 rows each, forward and backward, medians:\n"
+    )
+    print("| devices | features | apart | together | difference |\n|---|---|---|---|---|")
+    for devices in (2, 4, 8):
+        for features in (64, 2048):
+            first = training_step(devices, features, "data")
+            second = training_step(devices, features, None)
+            together, apart, difference = medians(first, second)
+            cells = " | ".join(f"{1e6 * t:,.0f} µs" for t in (apart, together, difference))
+            print(f"| {devices} | {features} | {cells} |")
+
+
+def training_step(devices: int, features: int, axis_name: str | None) -> Callable[[], object]:
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    params, state = jaxbn.init((64, features))
+    x = jax.random.normal(jax.random.key(0), (64 * devices, features))
+
+    def step(x):
+        def forward(x):
+            return jaxbn.batch_norm(params, state, x, True, axis_name=axis_name)
+
+        y, vjp, _ = jax.vjp(forward, x, has_aux=True)
+        return vjp(y)[0]
+
+    mapped = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    )
+    return lambda: mapped(x)
+
+
+def print_modelled(latency: float, bandwidth: float) -> None:
+    total = sum(RESNET50)
+    print(
+        f"\nModelled for ResNet-50 ({len(RESNET50)} layers, {total:,} features), a latency of "
+        f"{1e6 * latency:g} µs a round, {bandwidth / 1e9:g} GB/s a device:\n"
+    )
+    head = " | ".join(f"groups of {g}" for g in GROUPS)
+    print(f"| devices | forward, all together | all together | {head} |")
+    print("|---" * (3 + len(GROUPS)) + "|")
+    for devices in DEVICES:
+        mb = forward_bytes(devices, total) / 1e6
+        groups = [min(devices, g) for g in GROUPS]
+        cells = [f"{1e3 * step_seconds(d, latency, bandwidth):.1f} ms" for d in (devices, *groups)]
+        print(f"| {devices} | {mb:,.0f} MB | {' | '.join(cells)} |")
+
+
+def plot(path: Path, latency: float, bandwidth: float) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    together = [1e3 * step_seconds(d, latency, bandwidth) for d in DEVICES]
+    axes.plot(DEVICES, together, "o-", label="all devices together")
+    for group in GROUPS:
+        grouped = [1e3 * step_seconds(min(d, group), latency, bandwidth) for d in DEVICES]
+        axes.plot(DEVICES, grouped, "o-", label=f"groups of {group}")
+    rounds = [1e3 * 2 * len(RESNET50) * latency * np.log2(d) for d in DEVICES]
+    axes.plot(DEVICES, rounds, ":", color="gray", label="latency alone, all devices")
+    axes.set(
+        xscale="log",
+        ylim=(0, None),
+        xlabel="devices",
+        ylabel="milliseconds a step",
+        title="ResNet-50: what a step waits for its 53 batch norms (model)",
+    )
+    axes.set_xticks(DEVICES, [str(d) for d in DEVICES])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"\nwrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--latency", type=float, default=5e-6, help="seconds a round of a collective"
+    )
+    parser.add_argument("--bandwidth", type=float, default=100e9, help="bytes a second and device")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/scaling"), help="folder for the picture"
+    )
+    args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 8)
+    matplotlib.use("Agg")
+    args.out.mkdir(parents=True, exist_ok=True)
+    print_counted()
+    print_measured()
+    print_modelled(args.latency, args.bandwidth)
+    plot(args.out / "scaling.png", args.latency, args.bandwidth)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A convolutional network with batch normalization that learns handwritten digits."""
