@@ -1,6 +1,7 @@
 """Batch normalization: `init` makes its parameters and state, `batch_norm` computes it."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import Literal, TypeVar, cast
 
 import jax
@@ -9,10 +10,12 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
+from jaxbn._moments import NAME as MOMENTS_NAME
 from jaxbn._moments import Moments, moments
 
 Params = Mapping[str, jax.Array]
 State = Mapping[str, jax.Array]
+_KEEP_MOMENTS = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)
 StateT = TypeVar("StateT", bound=State | None)
 Estimator = Literal["biased", "unbiased"]
 
@@ -170,34 +173,41 @@ def batch_norm(
     def feature(leaf: ArrayLike) -> jax.Array:
         return jnp.asarray(leaf, statistics_dtype).reshape(features)
 
-    x = x.astype(statistics_dtype)
-    new_state = state
-    if use_batch:
-        reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
-        batch = moments(x, mask, reduced_axes, axis_name, axis_index_groups)
-        shift, mean, var = (
-            lax.stop_gradient(batch.shift),
-            batch.mean,
-            _variance(batch, batch_variance),
-        )
-        if state is not None:
-            new_state = _update(state, batch, momentum, running_variance)
-    else:
-        assert state is not None
-        shift, mean, var = feature(state["mean"]), 0, feature(state["var"])
+    # The backward pass needs x, as it came, and the moments. The rest is arithmetic on single
+    # values, which costs less to repeat than to keep.
+    @partial(jax.checkpoint, policy=_KEEP_MOMENTS, prevent_cse=False)
+    def normalize(
+        x: jax.Array, scale: jax.Array, bias: jax.Array
+    ) -> tuple[jax.Array, Moments | None]:
+        x = x.astype(statistics_dtype)
+        if use_batch:
+            reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
+            batch = moments(x, mask, reduced_axes, axis_name, axis_index_groups)
+            shift, mean = lax.stop_gradient(batch.shift), batch.mean
+            var = _variance(batch, batch_variance)
+        else:
+            assert state is not None
+            batch = None
+            shift, mean, var = feature(state["mean"]), 0, feature(state["var"])
+        # y = scale (x - shift - mean) / sqrt(var + epsilon) + bias, with all that is constant
+        # within a feature computed once, so that its derivative takes two sums and one pass.
+        slope = scale / jnp.sqrt(var + epsilon)
+        offset = bias - mean * slope
+        if mask is None:
+            y = (x - shift) * slope + offset
+        else:
+            y = jnp.where(mask, (jnp.where(mask, x, shift) - shift) * slope + offset, bias)
+        return y.astype(dtype), batch
 
-    # y = scale (x - shift - mean) / sqrt(var + epsilon) + bias, with all that is constant within a
-    # feature computed once, so that its derivative takes two sums over x and one pass.
+    scale = feature(params.get("scale", jnp.ones(features)))
     bias = feature(params.get("bias", jnp.zeros(features)))
-    slope = feature(params.get("scale", jnp.ones(features))) / jnp.sqrt(var + epsilon)
-    offset = bias - mean * slope
-    if mask is None:
-        y = (x - shift) * slope + offset
-    else:
-        y = jnp.where(mask, (jnp.where(mask, x, shift) - shift) * slope + offset, bias)
-    if new_state is not None:
-        new_state = lax.stop_gradient(dict(new_state))
-    return y.astype(dtype), cast(StateT, new_state)
+    y, batch = normalize(x, scale, bias)
+    if state is None:
+        return y, state
+    new_state = dict(state)
+    if batch is not None:
+        new_state = _update(state, batch, momentum, running_variance)
+    return y, cast(StateT, lax.stop_gradient(new_state))
 
 
 def _statistics_dtype(*dtypes: DTypeLike) -> jnp.dtype:

@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+# The name of the moments for policies of `jax.checkpoint`.
+NAME = "batch_norm_moments"
 
 
 class Moments(NamedTuple):
@@ -47,7 +51,7 @@ def moments(
 def _moments_jvp(axes, axis_name, axis_index_groups, primals, tangents):
     x, mask = primals
     dx, _ = tangents
-    batch = moments(x, mask, axes, axis_name, axis_index_groups)
+    batch = checkpoint_name(moments(x, mask, axes, axis_name, axis_index_groups), NAME)
     deviation = x - batch.shift - batch.mean
     if mask is not None:
         deviation = jnp.where(mask, deviation, 0)
