@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxbn
 
@@ -35,7 +36,7 @@ def test_under_a_mask_the_mask_too():
 
 def block(params, state, x, kernel):
     """Dense → batch norm → relu; the matrix product is named, the rest is cheap."""
-    x = jax.ad_checkpoint.checkpoint_name(x @ kernel, "product")
+    x = checkpoint_name(x @ kernel, "product")
     return jax.nn.relu(jaxbn.batch_norm(params, state, x, True)[0])
 
 
