@@ -194,9 +194,9 @@ def batch_norm(
         slope = scale / jnp.sqrt(var + epsilon)
         offset = bias - mean * slope
         if mask is None:
-            y = (x - shift) * slope + offset
+            y = _line(x, shift, slope, offset)
         else:
-            y = jnp.where(mask, (jnp.where(mask, x, shift) - shift) * slope + offset, bias)
+            y = jnp.where(mask, _line(jnp.where(mask, x, shift), shift, slope, offset), bias)
         return y.astype(dtype), batch
 
     scale = feature(params.get("scale", jnp.ones(features)))
@@ -208,6 +208,24 @@ def batch_norm(
     if batch is not None:
         new_state = _update(state, batch, momentum, running_variance)
     return y, cast(StateT, lax.stop_gradient(new_state))
+
+
+@jax.custom_jvp
+def _line(x: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array) -> jax.Array:
+    return (x - shift) * slope + offset
+
+
+@_line.defjvp
+def _line_jvp(primals, tangents):
+    """The product rule, as it would be found without being written.
+
+    But for a barrier: the compiler for CPUs writes `x - shift` out where two sums or lines share
+    it, and computes it on the fly where each has its own.
+    """
+    x, shift, slope, _ = primals
+    dx, dshift, dslope, doffset = tangents
+    own = lax.optimization_barrier(shift)
+    return _line(*primals), (dx - dshift) * slope + (x - own) * dslope + doffset
 
 
 def _statistics_dtype(*dtypes: DTypeLike) -> jnp.dtype:
