@@ -1,8 +1,16 @@
-"""Collectives of a compiled program: how many, and how many bytes."""
+"""Collectives of a compiled program: how many, and how many bytes.
 
+`python -m benchmarks.collectives` prints those of one layer, as JSON.
+"""
+
+import json
 import math
+import os
 import re
-from typing import NamedTuple
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +18,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from benchmarks.settings import Settings
 
+FEATURES = 64
 _KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
 _SHAPE = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
@@ -55,3 +65,38 @@ def of_batch_norm(devices: int, features: int) -> tuple[list[Collective], list[C
     for collective in first:
         all_.remove(collective)
     return first, all_
+
+
+def count() -> dict[str, Any]:
+    """Those of one layer on two devices, four, and so on, as far as there are devices."""
+    cases = []
+    devices = 2
+    while devices <= jax.device_count():
+        forward, backward = of_batch_norm(devices, FEATURES)
+        cases.append({"devices": devices, "forward": forward, "backward": backward})
+        devices *= 2
+    return {"features": FEATURES, "backend": jax.default_backend(), "cases": cases}
+
+
+def count_somewhere() -> dict[str, Any]:
+    """Counted on the devices at hand or, where there is one, by a process with eight of the CPU."""
+    if jax.device_count() > 1:
+        return count()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.collectives"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
+        cwd=Path(__file__).parent.parent,
+    )
+    return json.loads(done.stdout)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    (found,) = [count_somewhere() for _ in settings.track([None], "collectives")]
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(count()))

@@ -5,7 +5,6 @@
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from benchmarks.collectives import of_batch_norm
+from benchmarks.timing import turn_by_turn
 
 # The features of ResNet-50's 53 batch norms (He et al., 2015, table 1): the stem, then in each
 # stage the projection of the first block and the three layers of every block.
@@ -69,19 +69,12 @@ def medians(
     first: Callable[[], object], second: Callable[[], object], rounds: int = 101
 ) -> tuple[float, float, float]:
     """Median seconds of both, taken turn by turn, and the median of the differences of pairs."""
-    jax.block_until_ready((first(), second()))  # compiled before the clock runs
-    times = []
-    for k in range(rounds):
-        pair = [0.0, 0.0]
-        for which in (k % 2, 1 - k % 2):
-            start = time.perf_counter()
-            jax.block_until_ready((first, second)[which]())
-            pair[which] = time.perf_counter() - start
-        times.append(pair)
+    times = turn_by_turn({"first": first, "second": second}, at_least=rounds, at_most=rounds)
+    both = list(zip(times["first"], times["second"], strict=True))
     return (
-        statistics.median(a for a, _ in times),
-        statistics.median(b for _, b in times),
-        statistics.median(a - b for a, b in times),
+        statistics.median(times["first"]),
+        statistics.median(times["second"]),
+        statistics.median(a - b for a, b in both),
     )
 
 

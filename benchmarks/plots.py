@@ -1,0 +1,95 @@
+"""The pictures: one for each section that is more than a handful of numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+_EXACT, _NOT_A_NUMBER = 1e-9, 1e7
+
+
+def speed(data: dict[str, Any], path: Path) -> None:
+    """Our time over each contender's: a dot for each shape, a bar for their geometric mean."""
+    groups = list(dict.fromkeys((one["dtype"], one["layout"]) for one in data["summary"]))
+    kinds = list(dict.fromkeys(one["pass"] for one in data["summary"]))
+    names = [n for n in dict.fromkeys(one["contender"] for one in data["summary"]) if n != "ours"]
+    figure, axes = plt.subplots(
+        *(len(kinds), len(groups)),
+        figsize=(3.2 * len(groups), 2.4 * len(kinds)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, kind in enumerate(kinds):
+        for column, group in enumerate(groups):
+            at = axes[row, column]
+            for x, name in enumerate(names):
+                key = (*group, kind, name)
+                fields = ("dtype", "layout", "pass", "contender")
+                dots, (mean,) = (
+                    [o["ours_over_it"] for o in part if tuple(o[f] for f in fields) == key]
+                    for part in (data["cases"], data["summary"])
+                )
+                at.plot([x] * len(dots), dots, "o", ms=3, alpha=0.5, color=f"C{x}")
+                at.plot([x - 0.3, x + 0.3], [mean, mean], color=f"C{x}", lw=2)
+            at.axhline(1, color="gray", lw=0.8, ls=":")
+            at.set_title(f"{kind.replace('_', ' + ')}, {group[0]}, {group[1]}", fontsize=8)
+            at.set_yscale("log")
+            at.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    figure.supylabel("our time / theirs", fontsize=9)
+    _save(figure, path)
+
+
+def accuracy(data: dict[str, Any], path: Path) -> None:
+    inputs = list(data["errors"])
+    names = list(data["errors"][inputs[0]])
+    fields = list(data["errors"][inputs[0]][names[0]])
+    figure, axes = plt.subplots(
+        1, len(fields), figsize=(4 * len(fields), 4), sharey=True, layout="constrained"
+    )
+    for at, field in zip(axes, fields, strict=True):
+        for k, name in enumerate(names):
+            errors = [data["errors"][i][name][field] for i in inputs]
+            # Both ends of the logarithmic axis: what is exact, and what is not a number.
+            places = [_NOT_A_NUMBER if e is None else max(e, _EXACT) for e in errors]
+            shift = (k - (len(names) - 1) / 2) * 0.1
+            at.plot(places, np.arange(len(inputs)) + shift, "o", ms=4, label=name)
+        at.axvline(2.0**-24, color="gray", lw=0.8, ls=":")
+        at.set(xscale="log", title=field, xlabel="largest error")
+        ticks = {_EXACT: "exact", 1e-6: "1e-6", 1e-3: "1e-3", 1: "1", _NOT_A_NUMBER: "nan"}
+        at.set_xticks(list(ticks), list(ticks.values()))
+        at.minorticks_off()
+        at.set_yticks(range(len(inputs)), inputs)
+    axes[0].invert_yaxis()
+    axes[-1].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def memory(data: dict[str, Any], path: Path) -> None:
+    cases = data["cases"]
+    labels = [f"{one['layer']}\n{one['dtype']}" for one in cases]
+    colors = ["C0" if one["layer"] == "ours" else "C1" for one in cases]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    left.bar(labels, [one["kept_per_input_byte"] for one in cases], color=colors)
+    left.set_ylabel("bytes kept per input byte", fontsize=9)
+    temporaries = [(one["step_temporary_bytes"] or 0) / 1e6 for one in cases]
+    right.bar(labels, temporaries, color=colors)
+    right.set_ylabel("temporaries of a step, MB", fontsize=9)
+    for at in (left, right):
+        at.tick_params(labelsize=8)
+    _save(figure, path)
+
+
+PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "speed": speed,
+    "memory": memory,
+    "accuracy": accuracy,
+}
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,207 @@
+"""The tables, in Markdown."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+import jax
+
+_PACKAGES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
+_PASSES = {
+    "forward": "training, forward",
+    "forward_backward": "training, forward and backward",
+    "evaluate": "evaluation",
+}
+
+
+def environment() -> dict[str, Any]:
+    versions = {}
+    for package in ["jaxbn", *_PACKAGES]:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processor": platform.machine(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _missing(data: dict[str, Any]) -> str:
+    return "".join(f"\n\nLeft out: {name} ({why})." for name, why in data["missing"].items())
+
+
+def _number(value: float | None, form: str, none: str = "-") -> str:
+    return none if value is None else format(value, form)
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def speed(data: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(one["contender"] for one in data["summary"]))
+    columns = [name for name in names if name != "ours"]
+    text = [
+        f"## Speed\n\nInput N({data['mean']:g}, 1). Ratios are our time over theirs: below 1, ours "
+        "is faster. The floor is the time of the least memory traffic, by that of a copy of the "
+        "batch; the last columns say how much of each one's time it is, over batches that are "
+        "large enough to tell. (N, C) batches stand under NHWC.",
+        "### Geometric means over the shapes",
+        table(
+            [
+                *("pass", "type", "layout", "shapes"),
+                *[f"ours / {name}" for name in columns],
+                *[f"floor / {name}" for name in names],
+            ],
+            _speed_rows(data["summary"], ("pass", "dtype", "layout", "shapes"), columns, names),
+        ),
+    ]
+    for kind, title in _PASSES.items():
+        cases = [{**c, "ms": c["seconds"] * 1e3} for c in data["cases"] if c["pass"] == kind]
+        ours = [c for c in cases if c["contender"] == "ours"]
+        text += [
+            f"### Each shape: {title}",
+            table(
+                [
+                    *("shape", "type", "layout", "rounds", "ours, ms", "floor / ours"),
+                    *[f"ours / {name}" for name in columns],
+                ],
+                [
+                    [
+                        _shape(one["shape"]),
+                        one["dtype"],
+                        one["layout"],
+                        str(one["rounds"]),
+                        f"{one['ms']:.3g}",
+                        _number(one["of_floor"], ".2f"),
+                        *[
+                            f"{c['ours_over_it']:.2f}"
+                            for c in cases
+                            if c["contender"] in columns
+                            and all(c[k] == one[k] for k in ("shape", "dtype", "layout"))
+                        ],
+                    ]
+                    for one in ours
+                ],
+            ),
+        ]
+    return "\n\n".join(text) + _missing(data)
+
+
+def _speed_rows(summary, keys, columns, names) -> Iterable[list[str]]:
+    groups: dict[tuple, dict[str, dict]] = {}
+    for one in summary:
+        groups.setdefault(tuple(one[key] for key in keys), {})[one["contender"]] = one
+    order = list(_PASSES)
+    for key, group in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
+        yield [
+            *(_PASSES[key[0]], *map(str, key[1:])),
+            *[f"{group[name]['ours_over_it']:.2f}" for name in columns],
+            *[_number(group[name]["of_floor"], ".2f") for name in names],
+        ]
+
+
+def memory(data: dict[str, Any]) -> str:
+    flax = {one["dtype"]: one for one in data["cases"] if one["layer"] == "Flax"}
+
+    def row(one: dict[str, Any]) -> list[str]:
+        cells = [one["dtype"], one["layer"], f"{one['kept_per_input_byte']:.2f}"]
+        temporary = one["step_temporary_bytes"]
+        if temporary is None:
+            return [*cells, "not told", "not told"]
+        ratio = temporary / flax[one["dtype"]]["step_temporary_bytes"]
+        return [*cells, f"{temporary / 1e6:.2f} MB", f"{ratio:.2f}"]
+
+    return (
+        f"## Memory\n\nKept for the backward pass of one layer, input {_shape(data['shape'])}; "
+        f"temporaries of the compiled training step of a residual network, images "
+        f"{_shape(data['images'])}.\n\n"
+    ) + table(
+        ["type", "layer", "bytes kept per input byte", "temporaries of the step", "over Flax's"],
+        map(row, data["cases"]),
+    )
+
+
+def accuracy(data: dict[str, Any]) -> str:
+    names = list(next(iter(data["errors"].values())))
+    rows = [
+        [name, *[" / ".join(_number(e, ".0e", "nan") for e in errors[c].values()) for c in names]]
+        for name, errors in data["errors"].items()
+    ]
+    return (
+        f"## Accuracy\n\nLargest error of y / dx / dscale against extended precision, relative to "
+        f"the largest value (absolute where all are zero), {data['dtype']}, "
+        f"{_shape(data['shape'])}.\n\n{table(['input', *names], rows)}{_missing(data)}"
+    )
+
+
+def training_step(data: dict[str, Any]) -> str:
+    name = "A small residual network" if "blocks" in data["model"] else "ResNet-18"
+    model = ", ".join(f"{key}={value}" for key, value in data["model"].items()) or "as published"
+    rows = [
+        [
+            one["dtype"],
+            str(one["rounds"]),
+            *[f"{1e3 * one['seconds'][name]:.3g} ms" for name in ("ours", "Flax")],
+            f"{one['ours_over_flax']:.3f}",
+        ]
+        for one in data["cases"]
+    ]
+    return (
+        f"## A whole training step\n\n{name} ({model}), images {_shape(data['images'])}; "
+        f"medians, and the median of ratios of pairs.\n\n"
+    ) + table(["type", "rounds", "with ours", "with Flax's", "ours / Flax"], rows)
+
+
+def collectives(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            str(one["devices"]),
+            *[
+                cell
+                for found in (one["forward"], one["backward"])
+                for cell in (str(len(found)), f"{sum(bytes_ for _, bytes_ in found):,}")
+            ],
+        ]
+        for one in data["cases"]
+    ]
+    return (
+        f"## Collectives\n\nOf one layer of {data['features']} features under `shard_map`, counted "
+        f"in the program compiled for {data['backend']} devices.\n\n"
+    ) + table(["devices", "forward", "bytes", "added by the backward", "bytes"], rows)
+
+
+_SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "speed": speed,
+    "memory": memory,
+    "accuracy": accuracy,
+    "training_step": training_step,
+    "collectives": collectives,
+}
+
+
+def markdown(results: dict[str, Any], command: str) -> str:
+    where = results["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    text = [
+        "# Benchmarks",
+        f"```bash\n{command}\n```",
+        f"{where['devices']} x {where['device']} ({where['backend']}), {where['processor']}, "
+        f"{where['cpu_cores']} processor cores; {versions}.",
+    ]
+    text += [_SECTIONS[name](data) for name, data in results["sections"].items()]
+    return "\n\n".join(text) + "\n"

@@ -1,0 +1,16 @@
+"""What every benchmark is told."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+
+def silently(things: Iterable[Any], description: str) -> Iterable[Any]:
+    """A `track` that shows nothing."""
+    del description
+    return things
+
+
+class Settings(NamedTuple):
+    quick: bool = False
+    mean: float = 0.0  # of the input of `speed`
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = silently  # shows progress

@@ -1,0 +1,256 @@
+"""The benchmarks: that contenders do the same job, that ratios are right, that reports come out."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import collectives, contenders, memory, plots, report, speed, timing, training_step
+from benchmarks.contenders import Arrays, Problem
+from benchmarks.settings import Settings
+from tests import oracle
+
+MAKERS, MISSING = contenders.available()
+PROBLEMS = [
+    Problem((8, 3, 5, 4), -1, "float32"),
+    Problem((8, 4, 3, 5), 1, "float32"),
+    Problem((32, 4), -1, "float32"),
+    Problem((8, 3, 5, 4), -1, "bfloat16"),
+]
+# A few roundings of the type; in bfloat16 Haiku and Equinox round the moments too.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 4 * 2.0**-8}
+
+
+def assert_same_job(
+    contender, batch, arrays: Arrays, problem: Problem, ddof: int = 0, momentum=contenders.MOMENTUM
+) -> None:
+    x, dy, scale, bias = (np.asarray(v, np.float32) for v in arrays)
+    truth = oracle.batch_norm(x, dy, scale, bias, axis=problem.axis)
+    n = x.size // len(scale)
+    running = truth._replace(
+        mean=(1 - momentum) * truth.mean,
+        var=momentum + (1 - momentum) * truth.var * n / (n - ddof),
+    )
+    for name, value, expected in zip(
+        oracle.Result._fields, contender.numbers(batch), running, strict=True
+    ):
+        value = np.asarray(value, np.float32)
+        assert oracle.error(value, expected) <= TOLERANCE[problem.dtype], name
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_contenders_do_the_same_job(name, problem):
+    contender, arrays = MAKERS[name](problem), speed.arrays(problem, mean=0.5)
+    batch = contender.put(arrays)
+    x, _, scale, bias = (np.asarray(v, np.float32) for v in arrays)
+
+    def features(leaf: np.ndarray) -> np.ndarray:
+        return leaf.reshape([-1 if a == problem.axis % x.ndim else 1 for a in range(x.ndim)])
+
+    def numpy(y) -> np.ndarray:
+        if name == "PyTorch":
+            # Whatever lies last in memory, features are on axis 1.
+            y = y.float() if problem.axis == 1 else y.float().movedim(1, -1)
+        return np.asarray(y, np.float32)
+
+    # Evaluation first: PyTorch moves its statistics, which begin at 0 and 1, in place.
+    y = contender.evaluate(batch)
+    assert str(y.dtype).removeprefix("torch.") == problem.dtype
+    expected = features(scale) * x / np.sqrt(1 + contenders.EPSILON) + features(bias)
+    assert oracle.error(numpy(y), expected) <= TOLERANCE[problem.dtype]
+
+    exception: dict = {}
+    if name == "PyTorch":
+        exception = {"ddof": 1}
+    elif name == "Haiku":
+        # It rounds its decay rate to the input's type, and in bfloat16 0.01 becomes 0.0117.
+        exception = {"momentum": float(jnp.asarray(contenders.MOMENTUM, problem.dtype))}
+    assert_same_job(contender, batch, arrays, problem, **exception)
+    y = contender.forward(batch)
+    y = y if name == "PyTorch" else y[0]
+    assert str(y.dtype).removeprefix("torch.") == problem.dtype
+    expected = oracle.batch_norm(x, x, scale, bias, axis=problem.axis).y
+    assert oracle.error(numpy(y), expected) <= TOLERANCE[problem.dtype]
+
+
+def test_another_job_would_be_noticed():
+    problem = PROBLEMS[0]
+    contender, arrays = MAKERS["ours"](problem), speed.arrays(problem)
+    batch = contender.put(arrays)
+    with pytest.raises(AssertionError, match="var"):
+        assert_same_job(contender, batch, arrays, problem, ddof=1)
+    with pytest.raises(AssertionError, match="y"):
+        shifted = arrays._replace(bias=arrays.bias + 1e-4)
+        assert_same_job(contender, batch, shifted, problem)
+
+
+def test_pytorch_has_the_memory_layout_of_the_others():
+    for problem, last in [(PROBLEMS[0], True), (PROBLEMS[1], False)]:
+        x = MAKERS["PyTorch"](problem).put(speed.arrays(problem)).x
+        assert x.shape == (8, 4, 3, 5)
+        assert (x.stride(1) == 1) == last
+
+
+def test_every_contender_is_here_or_its_absence_explained(monkeypatch):
+    names = ["ours", "Flax", "Flax stable", "Haiku", "Equinox", "PyTorch"]
+    assert [*MAKERS, *MISSING] == names
+    monkeypatch.setattr(
+        contenders, "JAX_LAYERS", {**contenders.JAX_LAYERS, "Haiku": ("no_such", contenders.haiku)}
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    found, missing = contenders.available()
+    assert list(found) == ["ours", "Flax", "Flax stable", "Equinox"]
+    assert missing["Haiku"] == "No module named 'no_such'"
+    assert missing["PyTorch"].startswith("JAX runs on tpu")
+
+
+def test_turns():
+    now, log = [0.0], []
+
+    def call(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            log.append(name)
+            now[0] += seconds
+
+        return run
+
+    calls = {"a": call("a", 1.0), "b": call("b", 2.0), "c": call("c", 4.0)}
+    times = timing.turn_by_turn(calls, at_least=3, at_most=100, seconds=34.5, clock=lambda: now[0])
+    # Seven seconds a round: the fifth ends at 35.
+    assert times == {"a": [1.0] * 5, "b": [2.0] * 5, "c": [4.0] * 5}
+    rounds = ["".join(log[k : k + 3]) for k in range(0, len(log), 3)]
+    assert rounds == ["abc", "abc", "cba", "bca", "acb", "cab"]
+    for at_least, at_most, count in [(7, 31, 7), (1, 2, 2)]:
+        times = timing.turn_by_turn(
+            calls, at_least=at_least, at_most=at_most, seconds=8, clock=lambda: now[0]
+        )
+        assert len(times["a"]) == count
+
+
+def test_orders_give_everybody_every_place_and_no_fixed_neighbour():
+    names = ["a", "b", "c", "d"]
+    orders = [timing.order(names, k) for k in range(8)]
+    for place in range(4):
+        assert sorted(one[place] for one in orders) == sorted(names * 2)
+    for one, other in itertools.permutations(names, 2):
+        follows = sum(o.index(other) == o.index(one) + 1 for o in orders)
+        assert follows <= 4
+
+
+def test_ratios():
+    ours, theirs, copies = [1.0, 2.0, 30.0], [2.0, 2.0, 20.0], [0.25, 0.5, 6.0]
+    # Of pairs: 0.5, 1 and 1.5; the ratio of the medians is 1 too, but that of means is not.
+    assert timing.median_ratio(ours, theirs) == 1
+    assert timing.median_ratio([3.0, 1.0, 1.0], [1.0, 1.0, 2.0]) == 1
+    assert timing.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2)
+    # A copy is two passes: 1.5, 4 and 1 of them are the floors. It takes 1/4, 1/4 and 1/5 of ours.
+    assert timing.floor_fraction(ours, copies, "forward") == 1.5 / 4
+    assert timing.floor_fraction(ours, copies, "forward_backward") == 1
+    assert timing.floor_fraction(ours, copies, "evaluate") == 1 / 4
+
+
+def test_the_summary_is_of_shapes():
+    case = {"layout": "NHWC", "dtype": "float32", "pass": "forward", "contender": "Flax"}
+    ratios = [(0.5, None), (2.0, 0.2), (1.0, 0.8)]
+    records = [{**case, "ours_over_it": ratio, "of_floor": floor} for ratio, floor in ratios]
+    records.append({**case, "layout": "NCHW", "ours_over_it": 3.0, "of_floor": None})
+    first, second = speed.summarize(records)
+    assert (first["layout"], first["shapes"], second["layout"]) == ("NHWC", 3, "NCHW")
+    assert first["ours_over_it"] == pytest.approx(1)
+    assert first["of_floor"] == pytest.approx(0.4)
+    assert (second["ours_over_it"], second["of_floor"]) == (pytest.approx(3), None)
+
+
+def test_problems_are_every_shape_type_and_layout():
+    problems = speed.problems(speed.SHAPES)
+    assert len(problems) == len(set(problems)) == 2 * (2 * 10 + 2)
+    assert ("NCHW", Problem((64, 16, 32, 32), 1, "bfloat16")) in problems
+    assert ("NHWC", Problem((32, 112, 112, 64), -1, "float32")) in problems
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_copy_returns_every_bit(dtype):
+    x = jnp.arange(-8, 8, dtype=dtype)
+    copied = ~np.asarray(speed.copy(x))
+    np.testing.assert_array_equal(copied.view(x.dtype), x)
+
+
+def test_kept_bytes_are_those_of_the_input_and_a_few_features():
+    problem = Problem((64, 4, 4, 8), -1, "bfloat16")
+    per_feature = 4 * 8
+    kept = memory.kept_bytes("ours", problem)
+    assert 2 * math.prod(problem.shape) <= kept <= 2 * math.prod(problem.shape) + 10 * per_feature
+
+
+def test_speed_of_one_shape(monkeypatch, tmp_path):
+    """Every contender is timed in every pass and reported. How long they took is not asserted."""
+    monkeypatch.setattr(speed, "problems", lambda shapes: [("NHWC", PROBLEMS[2])])
+    data = speed.measure(Settings(quick=True))
+    assert len(data["cases"]) == len(data["summary"]) == 3 * len(MAKERS)
+    assert all(one["seconds"] > 0 and one["ours_over_it"] > 0 for one in data["cases"])
+    assert all(one["ours_over_it"] == 1 for one in data["cases"] if one["contender"] == "ours")
+    assert "| (32, 4) | float32 | NHWC |" in report.speed(data)
+    plots.speed(data, tmp_path / "speed.png")
+
+
+def test_sections_that_count_and_train():
+    data = collectives.measure(Settings())
+    assert [one["devices"] for one in data["cases"]] == [2, 4, 8]
+    assert "| 2 | 1 | 2,048 | 1 | 512 |" in report.collectives(data)
+    assert training_step.setup(False, on_cpu=True)[1] == (32, 32, 32, 3)
+    assert training_step.setup(False, on_cpu=False)[1] == (64, 224, 224, 3)
+    data = training_step.measure(Settings(quick=True))
+    (row,) = data["cases"]
+    assert row["ours_over_flax"] > 0
+    assert "| float32 |" in report.training_step(data)
+
+
+def test_the_command(tmp_path, capsys):
+    command.main(["--quick", "--only", "accuracy", "--only", "memory", "--out", str(tmp_path)])
+    results = json.loads(
+        (tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
+    assert list(results["sections"]) == ["memory", "accuracy"]
+    errors = results["sections"]["accuracy"]["errors"]
+    assert len(errors) == 8
+    for of_input in errors.values():
+        assert list(of_input) == list(MAKERS)
+        assert max(of_input["ours"].values()) <= 1e-6
+    markdown = (tmp_path / "results.md").read_text()
+    assert markdown in capsys.readouterr().out
+    assert "python -m benchmarks --quick --only accuracy --only memory" in markdown
+    for line in markdown.splitlines():
+        assert "None" not in line and not line.endswith(" ")
+    for name in ("memory", "accuracy"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_section_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--only", "speed,spead"])
+    assert "spead: the sections are speed, memory, accuracy" in capsys.readouterr().err
+
+
+def test_it_starts_again_only_where_something_is_missing(monkeypatch):
+    started = []
+    monkeypatch.setattr(command.os, "execve", lambda *args: started.append(args))
+    monkeypatch.setattr(command.sys, "platform", "linux")
+    monkeypatch.setattr(command.sys, "argv", ["benchmarks", "--quick"])
+    for name, value in command.QUIET.items():
+        monkeypatch.setenv(name, value)
+    command.run_quietly()
+    assert not started
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # what somebody chose stays
+    monkeypatch.delenv("MALLOC_TOP_PAD_")
+    command.run_quietly()
+    ((_, argv, environment),) = started
+    assert argv[1:] == ["-m", "benchmarks", "--quick"]
+    assert environment["MALLOC_TOP_PAD_"] == command.QUIET["MALLOC_TOP_PAD_"]
+    assert environment["OMP_WAIT_POLICY"] == "active"
