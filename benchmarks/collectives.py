@@ -23,7 +23,7 @@ from benchmarks.settings import Settings
 FEATURES = 64
 _KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
-_SHAPE = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+_SHAPE = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
@@ -36,7 +36,7 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     found = []
     for result, kind in _COLLECTIVE.findall(compiled.as_text() or ""):
         sizes = (
-            int(bits) // 8 * math.prod(int(n) for n in dims.split(",") if n)
+            int(bits or 8) // 8 * math.prod(int(n) for n in dims.split(",") if n)
             for _, bits, dims in _SHAPE.findall(result)
         )
         found.append(Collective(kind, sum(sizes)))

@@ -108,7 +108,9 @@ def _pool(parts: Moments) -> Moments:
         shift = shift + mean
         deviation = (parts.shift - shift) + parts.mean
         mean = _sum(weight * deviation, (0,))
-    var = _sum(weight * (parts.var + jnp.square(deviation - mean)), (0,))
+    apart = deviation - mean
+    # Weighed before squared, which would overflow for deviations that their square does not.
+    var = _sum(weight * parts.var + apart * (weight * apart), (0,))
     return Moments(*(whole[0] for whole in (n, shift, mean, var)))
 
 

@@ -1,0 +1,1 @@
+"""The digits example on many devices, and in many processes."""
