@@ -74,6 +74,17 @@ def test_the_table_of_conventions_says_what_the_presets_are(preset):
     assert (batch, running) == (convention["batch_variance"], convention["running_variance"])
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(((?!http)[^)#]+)", README):
-        assert (ROOT / target).exists(), target
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("train_examples/*/README.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_code_in_the_docs_runs():
+    """Each page in a process of its own, as one of them asks for devices."""
+    for page in ROOT.glob("docs/*.md"):
+        code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

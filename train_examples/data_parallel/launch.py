@@ -110,9 +110,10 @@ def check_port(coordinator: str) -> None:
     try:
         socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise UserError(
-            f"--coordinator {coordinator}: process 0 cannot listen there ({error.strerror}); give "
-            f"all processes another port."
+            f"--coordinator {coordinator}: process 0 cannot listen there ({reason}); give all "
+            f"processes another port."
         ) from None
 
 
