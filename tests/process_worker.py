@@ -1,5 +1,6 @@
 """One of several processes that take a training step together: see test_processes.py."""
 
+import itertools
 import sys
 
 import jax
@@ -7,7 +8,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jaxbn
+from tests.test_devices import function, linen
+from tests.test_devices import step as one_step
 
 DEVICES_EACH = 2
 
@@ -29,32 +31,25 @@ def main(coordinator: str, processes: str, process: str, problem: str, out: str)
     sharded = NamedSharding(mesh, P("data"))
     batch = {k: jax.make_array_from_process_local_data(sharded, v[own]) for k, v in batch.items()}
 
-    def step(x, mask, dy, axis_name):
-        def forward(x, params):
-            return jaxbn.batch_norm(params, state, x, True, mask=mask, axis_name=axis_name)
+    def results_of(layer, axis_name):
+        def step(x, mask, dy):
+            y, dx, dparams, new = one_step(
+                x, mask, dy, params, state, layer=layer, axis_name=axis_name
+            )
+            return {"y": y, "dx": dx}, {**dparams, **new}
 
-        y, vjp, new = jax.vjp(forward, x, params, has_aux=True)
-        dx, dparams = vjp(dy)
-        return {"y": y, "dx": dx}, {**dparams, **new}
+        return step
 
-    mapped = jax.shard_map(
-        lambda x, mask, dy: step(x, mask, dy, "data"),
-        mesh=mesh,
-        in_specs=P("data"),
-        out_specs=(P("data"), P()),
-    )
-    replicated = NamedSharding(mesh, P())
+    specs = {"in_specs": P("data"), "out_specs": (P("data"), P())}
+    shardings = sharded, NamedSharding(mesh, P())
     results = {}
-    for way, function in [
-        ("shard_map", jax.jit(mapped)),
-        (
-            "jit",
-            jax.jit(
-                lambda x, mask, dy: step(x, mask, dy, None), out_shardings=(sharded, replicated)
-            ),
-        ),
-    ]:
-        per_row, whole = function(batch["x"], batch["mask"], batch["dy"])
+    for layer, way in itertools.product((function, linen), ("shard_map", "jit")):
+        if way == "shard_map":
+            mapped = jax.jit(jax.shard_map(results_of(layer, "data"), mesh=mesh, **specs))
+        else:
+            mapped = jax.jit(results_of(layer, None), out_shardings=shardings)
+        way = f"{layer.__name__} {way}"
+        per_row, whole = mapped(batch["x"], batch["mask"], batch["dy"])
         for k, v in per_row.items():
             shards = sorted(v.addressable_shards, key=lambda shard: shard.index[0].start or 0)
             results[f"{way} {k}"] = np.concatenate([shard.data for shard in shards])

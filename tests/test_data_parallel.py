@@ -43,6 +43,15 @@ def one_device(digits):
     return model, start, results
 
 
+def test_distance_shows_what_differs_and_what_is_no_number(one_device):
+    _, _, [*_, (state, _)] = one_device
+    assert distance(state, state) == 0
+    twice = state.replace(params=jax.tree.map(lambda p: 2 * p, state.params))
+    assert distance(twice, state) == 1
+    lost = state.replace(batch_stats=jax.tree.map(lambda s: s * np.nan, state.batch_stats))
+    assert np.isnan(distance(lost, state))
+
+
 def batches(digits):
     all_batches = data.training_batches(digits.train_images, digits.train_labels, BATCH, 0, 0)
     return [batch for batch, _ in zip(all_batches, range(STEPS_COMPARED), strict=False)]
@@ -121,6 +130,10 @@ def test_more_devices_than_there_are():
             "--coordinator and --process-id go together: the address where process 0 listens, and "
             "which process this one is. Leave both out, and --processes starts all processes on "
             "this machine.",
+        ),
+        (
+            ["--coordinator", "localhost:1234", "--process-id", "0"],
+            "--coordinator is for several processes: --processes must be at least 2, got 1.",
         ),
         (
             ["--processes", "2", "--coordinator", "localhost", "--process-id", "1"],

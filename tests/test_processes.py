@@ -68,7 +68,9 @@ def results(problem, tmp_path_factory):
     return [dict(np.load(folder / f"{k}.npz")) for k in range(PROCESSES)]
 
 
-@pytest.mark.parametrize("way", ["shard_map", "jit"])
+@pytest.mark.parametrize(
+    "way", ["function shard_map", "function jit", "linen shard_map", "linen jit"]
+)
 def test_processes_equal_one_device(problem, results, way):
     p = problem
     truth = oracle.batch_norm(p["x"], p["dy"], p["scale"], p["bias"], mask=p["mask"])

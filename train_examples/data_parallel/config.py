@@ -39,6 +39,10 @@ class Config(one_device.Config):
                 "processes on this machine."
             )
         if self.coordinator is not None:
+            if self.processes == 1:
+                raise UserError(
+                    "--coordinator is for several processes: --processes must be at least 2, got 1."
+                )
             _check_address(self.coordinator)
         if self.process_id is not None and not 0 <= self.process_id < self.processes:
             raise UserError(
