@@ -251,8 +251,8 @@ HARD = {
     "devices far from one another": lambda rng, n: (
         1e5 * np.arange(DEVICES)[:, None, None] + rng.normal(size=(DEVICES, n, 4))
     ),
-    "one device near the end of float32's range": lambda rng, n: (
-        np.where(np.arange(DEVICES)[:, None, None] == 5, 1e17, 0.0)
+    "one huge device": lambda rng, n: (
+        np.where(np.arange(DEVICES)[:, None, None] == 5, 1e16, 0.0)
         + rng.normal(size=(DEVICES, n, 4))
     ),
     "one device far from the others": lambda rng, n: (
@@ -288,6 +288,22 @@ def test_accuracy_in_float32(way, name, masked):
     count = x[..., 0].size if mask is None else mask.reshape(-1, 4).sum(0)
     var = truth.var * count / (count - 1)
     assert oracle.error(np.asarray(states["var"])[0].reshape(4), var) <= 1e-6
+
+
+def test_the_merge_overflows_no_earlier_than_one_device():
+    """A deviation of 1.7e19, the square of which float32 holds: but not 5e19 squared."""
+    x = jnp.where(jnp.arange(DEVICES)[:, None, None, None] == 5, 5e19, jnp.zeros((8, 4, 1, 1)))
+
+    def step(x, axis_name=None):
+        state = {"mean": jnp.zeros(1), "var": jnp.zeros(1)}
+        return jaxbn.batch_norm({}, state, x, True, momentum=0.0, axis_name=axis_name)
+
+    y, states = jax.vmap(partial(step, axis_name="data"), axis_name="data")(x)
+    wanted, state = step(x.reshape(-1, 1, 1))
+    assert np.isfinite(state["var"]) and np.all(wanted != 0)
+    np.testing.assert_allclose(y.reshape(wanted.shape), wanted, rtol=1e-6)
+    for key in state:
+        np.testing.assert_allclose(states[key][0], state[key], rtol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map"])
