@@ -38,13 +38,15 @@ def run_quietly() -> None:
 
 
 def sections() -> dict[str, Callable[[Any], dict[str, Any]]]:
-    from benchmarks import accuracy, collectives, memory, speed, training_step
+    from benchmarks import accuracy, collectives, forms, memory, recompute, speed, training_step
 
     return {
         "speed": speed.measure,
         "memory": memory.measure,
         "accuracy": accuracy.measure,
         "training_step": training_step.measure,
+        "recompute": recompute.measure,
+        "forms": forms.measure,
         "collectives": collectives.measure,
     }
 

@@ -167,6 +167,43 @@ def training_step(data: dict[str, Any]) -> str:
     ) + table(["type", "rounds", "with ours", "with Flax's", "ours / Flax"], rows)
 
 
+def forms(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            *(one["dtype"], one["form"], f"{1e3 * one['seconds']:.3g} ms"),
+            *(f"{one['over_copy']:.2f}", _number(one["written_per_input_byte"], ".2f", "not told")),
+        ]
+        for one in data["cases"]
+    ]
+    return (
+        f"## Forms\n\nBatch {_shape(data['shape'])}; layers forward and backward, without scale "
+        "and bias but for the one in use.\n\n"
+    ) + table(["type", "form", "time", "over a copy's", "temporaries per input byte"], rows)
+
+
+def recompute(data: dict[str, Any]) -> str:
+    plain = {one["dtype"]: one for one in reversed(data["cases"])}  # the first of each
+
+    def row(one: dict[str, Any]) -> list[str]:
+        memory = ["not told", "not told"]
+        if (temporary := one["temporary_bytes"]) is not None:
+            ratio = temporary / plain[one["dtype"]]["temporary_bytes"]
+            memory = [f"{temporary / 1e6:.1f} MB", f"{ratio:.2f}"]
+        return [
+            *(one["dtype"], one["kept"], *memory),
+            *(f"{1e3 * one['seconds']:.3g} ms", f"{one['over_all']:.2f}"),
+        ]
+
+    return (
+        f"## Recomputing\n\nForward and backward through {data['blocks']} blocks of 1 x 1 "
+        f"convolution, batch norm and relu, {_shape(data['shape'])}, by what `jax.checkpoint` "
+        "wraps and keeps.\n\n"
+    ) + table(
+        ["type", "kept of each block", "temporaries", "over all's", "time", "over all's"],
+        map(row, data["cases"]),
+    )
+
+
 def collectives(data: dict[str, Any]) -> str:
     rows = [
         [
@@ -190,6 +227,8 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "accuracy": accuracy,
     "training_step": training_step,
+    "recompute": recompute,
+    "forms": forms,
     "collectives": collectives,
 }
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
 from jaxbn._moments import NAME as MOMENTS_NAME
-from jaxbn._moments import Moments, moments
+from jaxbn._moments import Moments, apart, moments
 
 Params = Mapping[str, jax.Array]
 State = Mapping[str, jax.Array]
@@ -179,10 +179,10 @@ def batch_norm(
     def normalize(
         x: jax.Array, scale: jax.Array, bias: jax.Array
     ) -> tuple[jax.Array, Moments | None]:
-        x = x.astype(statistics_dtype)
+        narrow, x = x, x.astype(statistics_dtype)
         if use_batch:
             reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
-            batch = moments(x, mask, reduced_axes, axis_name, axis_index_groups)
+            batch = moments(x, narrow, mask, reduced_axes, axis_name, axis_index_groups)
             shift, mean = lax.stop_gradient(batch.shift), batch.mean
             var = _variance(batch, batch_variance)
         else:
@@ -194,9 +194,10 @@ def batch_norm(
         slope = scale / jnp.sqrt(var + epsilon)
         offset = bias - mean * slope
         if mask is None:
-            y = _line(x, shift, slope, offset)
+            y = _line(x, narrow, shift, slope, offset)
         else:
-            y = jnp.where(mask, _line(jnp.where(mask, x, shift), shift, slope, offset), bias)
+            x = jnp.where(mask, x, shift)
+            y = jnp.where(mask, _line(x, x, shift, slope, offset), bias)
         return y.astype(dtype), batch
 
     scale = feature(params.get("scale", jnp.ones(features)))
@@ -211,21 +212,20 @@ def batch_norm(
 
 
 @jax.custom_jvp
-def _line(x: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array) -> jax.Array:
+def _line(
+    x: jax.Array, narrow: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array
+) -> jax.Array:
+    del narrow
     return (x - shift) * slope + offset
 
 
 @_line.defjvp
 def _line_jvp(primals, tangents):
-    """The product rule, as it would be found without being written.
-
-    But for a barrier: the compiler for CPUs writes `x - shift` out where two sums or lines share
-    it, and computes it on the fly where each has its own.
-    """
-    x, shift, slope, _ = primals
-    dx, dshift, dslope, doffset = tangents
-    own = lax.optimization_barrier(shift)
-    return _line(*primals), (dx - dshift) * slope + (x - own) * dslope + doffset
+    """The product rule, as it would be found without being written, but for `apart`."""
+    x, narrow, shift, slope, _ = primals
+    dx, _, dshift, dslope, doffset = tangents
+    own_x, own_shift = apart(x, narrow, shift)
+    return _line(*primals), (dx - dshift) * slope + (own_x - own_shift) * dslope + doffset
 
 
 def _statistics_dtype(*dtypes: DTypeLike) -> jnp.dtype:

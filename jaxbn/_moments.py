@@ -28,9 +28,28 @@ class Moments(NamedTuple):
     var: jax.Array
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@jax.custom_jvp
+def apart(x: jax.Array, narrow: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    """`x`, converted anew from `narrow`, and `others`, as they are: the identity.
+
+    What two sums share, a conversion or a subtraction, the compiler for CPUs computes once and
+    writes out, where each could compute it on its way. A barrier, over different `others` for each,
+    keeps them from sharing.
+    """
+    narrow, *others = lax.optimization_barrier((narrow, *others))
+    return narrow.astype(x.dtype), *others
+
+
+@apart.defjvp
+def _apart_jvp(primals, tangents):
+    dx, _, *others = tangents
+    return apart(*primals), (dx, *others)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def moments(
     x: jax.Array,
+    narrow: jax.Array,
     mask: jax.Array | None,
     axes: tuple[int, ...],
     axis_name: Hashable | None = None,
@@ -38,10 +57,13 @@ def moments(
 ) -> Moments:
     """Moments of `x` over `axes`, where `mask` is true, and over the devices of `axis_name`.
 
+    `narrow` is `x` before it was converted to the dtype of the statistics. The values are read from
+    it, the derivative is with respect to `x`.
+
     The variance is the biased one. `n` and `shift` have no derivative; those of the others are
     `dmean = E[dx]` and `dvar = 2 E[(x - shift - mean) dx]`, whichever way the values were found.
     """
-    own = _moments_on_one_device(x, mask, axes)
+    own = _moments_on_one_device(x, narrow, mask, axes)
     if axis_name is None:
         return own
     return _pool(_gather(own, axis_name, axis_index_groups))
@@ -49,10 +71,11 @@ def moments(
 
 @moments.defjvp
 def _moments_jvp(axes, axis_name, axis_index_groups, primals, tangents):
-    x, mask = primals
-    dx, _ = tangents
-    batch = checkpoint_name(moments(x, mask, axes, axis_name, axis_index_groups), NAME)
-    deviation = x - batch.shift - batch.mean
+    x, narrow, mask = primals
+    dx, *_ = tangents
+    batch = checkpoint_name(moments(x, narrow, mask, axes, axis_name, axis_index_groups), NAME)
+    x, shift, mean = apart(x, narrow, batch.shift, batch.mean)
+    deviation = x - shift - mean
     if mask is not None:
         deviation = jnp.where(mask, deviation, 0)
         dx = jnp.where(mask, dx, 0)
@@ -63,8 +86,10 @@ def _moments_jvp(axes, axis_name, axis_index_groups, primals, tangents):
     return batch, Moments(jnp.zeros_like(batch.n), jnp.zeros_like(batch.shift), dmean, dvar)
 
 
-@partial(jax.jit, static_argnums=2)
-def _moments_on_one_device(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> Moments:
+@partial(jax.jit, static_argnums=3)
+def _moments_on_one_device(
+    x: jax.Array, narrow: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
+) -> Moments:
     n = _count(x, mask, axes)
     divisor = jnp.maximum(n, 1)
 
@@ -79,17 +104,21 @@ def _moments_on_one_device(x: jax.Array, mask: jax.Array | None, axes: tuple[int
     def about_the_mean(passes_and_batch: tuple[jax.Array, Moments]) -> tuple[jax.Array, Moments]:
         passes, batch = passes_and_batch
         shift = jnp.where(is_accurate(batch), batch.shift, batch.shift + batch.mean)
-        deviation = x - shift
-        mean = _sum(deviation, axes, mask) / divisor
+        x1, shift1 = apart(x, narrow, shift)
+        mean = _sum(x1 - shift1, axes, mask) / divisor
         # Divided before the sum, which would overflow for deviations that their square does not.
+        x2, shift2, _ = apart(x, narrow, shift, mean)
+        deviation = x2 - shift2
         mean_square = _sum(deviation * (deviation / divisor), axes, mask)
         var = jnp.maximum(mean_square - jnp.square(mean), 0)
         return passes + 1, Moments(n, shift, mean, var)
 
     # The first pass, about zero, mostly is enough. A second is about a mean that is right but for
     # rounding, a third about the number nearest to it: of equal values, their value.
-    mean = _sum(x, axes, mask) / divisor
-    var = jnp.maximum(_sum(jnp.square(x), axes, mask) / divisor - jnp.square(mean), 0)
+    x1, _ = apart(x, narrow, n)
+    mean = _sum(x1, axes, mask) / divisor
+    x2, _ = apart(x, narrow, mean)
+    var = jnp.maximum(_sum(jnp.square(x2), axes, mask) / divisor - jnp.square(mean), 0)
     first = jnp.ones((), jnp.int32), Moments(n, jnp.zeros_like(mean), mean, var)
     _, batch = lax.while_loop(needs_another_pass, about_the_mean, first)
 

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import collectives, contenders, memory, plots, report, speed, timing, training_step
+from benchmarks import (
+    collectives,
+    contenders,
+    forms,
+    memory,
+    plots,
+    recompute,
+    report,
+    speed,
+    timing,
+    training_step,
+)
 from benchmarks.contenders import Arrays, Problem
 from benchmarks.settings import Settings
 from tests import oracle
@@ -210,6 +221,35 @@ def test_sections_that_count_and_train():
     (row,) = data["cases"]
     assert row["ours_over_flax"] > 0
     assert "| float32 |" in report.training_step(data)
+
+
+def test_recomputing_changes_what_is_kept_and_not_the_gradients():
+    given = recompute.arguments((4, 8, 8, 8), 3, "float32")
+    results = [recompute.training_step(chain)(*given) for chain in recompute.CHAINS.values()]
+    for found in results[1:]:
+        # The same arithmetic, which the compiler may fuse otherwise: roundings of float32.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()),
+            *(found, results[0]),
+        )
+    data = recompute.measure(Settings(quick=True))
+    assert [one["kept"] for one in data["cases"]] == 2 * list(recompute.CHAINS)
+    assert all(one["temporary_bytes"] > 0 and one["over_all"] > 0 for one in data["cases"])
+    assert report.recompute(data).count("| all (no checkpoint) |") == 2
+
+
+def test_forms_of_one_thing_agree():
+    x = 3 + jax.random.normal(jax.random.key(0), (4, 6, 6, 8))
+    zero = jnp.zeros(8)
+    sums = [form(x, zero) for name, form in forms.FORMS.items() if name.startswith("sums")]
+    layers = [form(x, zero) for name, form in forms.FORMS.items() if name.startswith("layer")]
+    assert len(sums) == 4 and len(layers) == 4
+    for found, wanted in [*((s, sums[0]) for s in sums), *((y, layers[-1]) for y in layers)]:
+        # 288 sums of the like in float32, and what E[x²] - E[x]² costs at three deviations.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, wanted
+        )
+    assert report.forms(forms.measure(Settings(quick=True))).count("| layer in use |") == 2
 
 
 def test_the_command(tmp_path, capsys):

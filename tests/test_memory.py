@@ -71,8 +71,8 @@ def test_the_moments_are_found_once_where_they_are_kept():
 
     def passes(policy):
         one = jax.checkpoint(lambda x: block(params, state, x, kernel), policy=policy)
-        program = jax.jit(jax.grad(lambda x: jnp.sum(one(x) ** 2))).lower(x).compile()
-        return program.as_text().count(" while(")
+        # As traced: what is equal the compiler may find by itself, at the price of keeping it.
+        return str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(one(x) ** 2)))(x)).count("while[")
 
     policies = jax.checkpoint_policies
     assert passes(policies.save_only_these_names("product", "batch_norm_moments")) == 1
