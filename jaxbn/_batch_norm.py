@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
+from jaxbn._ghost import in_groups
 from jaxbn._moments import NAME as MOMENTS_NAME
-from jaxbn._moments import Moments, apart, moments
+from jaxbn._moments import Moments, apart, moments, statistics_dtype
+from jaxbn._running import Estimator, State, update, variance
 
 Params = Mapping[str, jax.Array]
-State = Mapping[str, jax.Array]
 _KEEP_MOMENTS = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)
 StateT = TypeVar("StateT", bound=State | None)
-Estimator = Literal["biased", "unbiased"]
 
 
 def init(
@@ -58,7 +58,7 @@ def init(
     shape = _checks.shape(shape)
     feature_axes = _checks.feature_axes(axis, shape)
     param_dtype = _checks.floating_dtype("param_dtype", param_dtype)
-    state_dtype = _statistics_dtype(param_dtype)
+    state_dtype = statistics_dtype(param_dtype)
     kept = range(len(shape)) if keepdims else feature_axes
     leaf = tuple(shape[a] if a in feature_axes else 1 for a in kept)
 
@@ -88,6 +88,7 @@ def batch_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
+    virtual_batch_size: int | None = None,
 ) -> tuple[jax.Array, StateT]:
     r"""Batch normalization of `x`, and the state after it.
 
@@ -127,6 +128,10 @@ def batch_norm(
         touches nothing; the output there is `bias`. A batch without a value that counts leaves the
         state as it is.
       dtype: the dtype of `y`, by default that of `x`.
+      virtual_batch_size: normalizes groups of so many examples, those next to one another on the
+        first axis that is not a feature's, by statistics of their own (ghost batches). The state
+        moves towards the mean of the groups' statistics, over the devices of `axis_name` too,
+        which then share nothing else.
 
     Returns:
       `y`, of the shape of `x`, and the new state, of the shapes of the old. Statistics are computed
@@ -156,35 +161,40 @@ def batch_norm(
     train = _checks.python_bool("train", train)
     use_batch = train or state is None
     _checks.momentum(momentum, state, train)
-    _checks.epsilon(epsilon, use_batch, _statistics_dtype(x.dtype))
+    _checks.epsilon(epsilon, use_batch, statistics_dtype(x.dtype))
     _checks.estimator("batch_variance", batch_variance)
     _checks.estimator("running_variance", running_variance)
     mask = _checks.mask(mask, x.shape)
     dtype = x.dtype if dtype is None else _checks.floating_dtype("dtype", dtype)
     _checks.axis_index_groups(axis_index_groups, axis_name)
+    ghosts = _checks.virtual_batch_size(virtual_batch_size, x.shape, feature_axes, use_batch)
+    # The devices share the statistics that normalize, or, of ghost batches, those that are tracked.
+    normalized_over, tracked_over = (axis_name, axis_index_groups), (None, None)
+    if ghosts is not None:
+        normalized_over, tracked_over = tracked_over, normalized_over
     if use_batch:
         _checks.axis_name(axis_name, axis_index_groups)
         if "unbiased" in (batch_variance, running_variance):
-            _checks.more_than_one_value(x.shape, feature_axes, axis_name, axis_index_groups)
+            _checks.more_than_one_value(x.shape, feature_axes, ghosts, *normalized_over)
 
-    statistics_dtype = _statistics_dtype(x.dtype)
     features = tuple(n if a in feature_axes else 1 for a, n in enumerate(x.shape))
+    dtype_of_statistics = statistics_dtype(x.dtype)
 
     def feature(leaf: ArrayLike) -> jax.Array:
-        return jnp.asarray(leaf, statistics_dtype).reshape(features)
+        return jnp.asarray(leaf, dtype_of_statistics).reshape(features)
 
     # The backward pass needs x, as it came, and the moments. The rest is arithmetic on single
     # values, which costs less to repeat than to keep.
     @partial(jax.checkpoint, policy=_KEEP_MOMENTS, prevent_cse=False)
     def normalize(
-        x: jax.Array, scale: jax.Array, bias: jax.Array
+        x: jax.Array, mask: jax.Array | None, scale: jax.Array, bias: jax.Array
     ) -> tuple[jax.Array, Moments | None]:
-        narrow, x = x, x.astype(statistics_dtype)
+        narrow, x = x, x.astype(dtype_of_statistics)
         if use_batch:
             reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
-            batch = moments(x, narrow, mask, reduced_axes, axis_name, axis_index_groups)
+            batch = moments(x, narrow, mask, reduced_axes, *normalized_over)
             shift, mean = lax.stop_gradient(batch.shift), batch.mean
-            var = _variance(batch, batch_variance)
+            var = variance(batch, batch_variance)
         else:
             assert state is not None
             batch = None
@@ -202,12 +212,16 @@ def batch_norm(
 
     scale = feature(params.get("scale", jnp.ones(features)))
     bias = feature(params.get("bias", jnp.zeros(features)))
-    y, batch = normalize(x, scale, bias)
+    if ghosts is None:
+        y, batch = normalize(x, mask, scale, bias)
+        batches = jax.tree.map(lambda leaf: leaf[None], batch)
+    else:
+        y, batches = in_groups(normalize, *ghosts)(x, mask, scale, bias)
     if state is None:
         return y, state
     new_state = dict(state)
-    if batch is not None:
-        new_state = _update(state, batch, momentum, running_variance)
+    if batches is not None:
+        new_state = update(state, batches, momentum, running_variance, *tracked_over)
     return y, cast(StateT, lax.stop_gradient(new_state))
 
 
@@ -226,39 +240,3 @@ def _line_jvp(primals, tangents):
     dx, _, dshift, dslope, doffset = tangents
     own_x, own_shift = apart(x, narrow, shift)
     return _line(*primals), (dx - dshift) * slope + (own_x - own_shift) * dslope + doffset
-
-
-def _statistics_dtype(*dtypes: DTypeLike) -> jnp.dtype:
-    """Float32 at least: half precision neither sums nor averages well."""
-    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
-
-
-def _variance(batch: Moments, estimator: Estimator) -> jax.Array:
-    if estimator == "biased":
-        return batch.var
-    return batch.var * (batch.n / jnp.maximum(batch.n - 1, 1))
-
-
-def _update(
-    state: State, batch: Moments, momentum: float | None, running_variance: Estimator
-) -> dict[str, jax.Array]:
-    """The state moved towards the batch's statistics, where the batch has any."""
-    new = {}
-    if "count" in state:
-        new["count"] = state["count"] + jnp.any(batch.n > 0).astype(state["count"].dtype)
-
-    def moved(old: jax.Array, value: jax.Array, exists: jax.Array) -> jax.Array:
-        dtype = _statistics_dtype(old.dtype, value.dtype)
-        if momentum is None:
-            weight = 1 / jnp.maximum(new["count"], 1).astype(dtype)
-            old_weight = 1 - weight
-        else:
-            weight, old_weight = 1 - momentum, momentum
-        value = jnp.where(exists, weight * value.astype(dtype), 0)
-        kept = jnp.where(exists, old_weight, 1) * old.astype(dtype).reshape(batch.mean.shape)
-        return (kept + value).reshape(old.shape)
-
-    fewest = 2 if running_variance == "unbiased" else 1
-    new["mean"] = moved(state["mean"], batch.shift + batch.mean, batch.n > 0)
-    new["var"] = moved(state["var"], _variance(batch, running_variance), batch.n >= fewest)
-    return new

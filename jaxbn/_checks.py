@@ -194,17 +194,40 @@ def axis_name(
         )
 
 
+def virtual_batch_size(
+    size: Any, x_shape: tuple[int, ...], axes: tuple[int, ...], use_batch: bool
+) -> tuple[int, int] | None:
+    """The axis of the examples and a group's size, where there are groups to be made of them."""
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise ValueError(f"virtual_batch_size must be None or a positive integer, got {size!r}.")
+    if not use_batch:
+        return None
+    reduced = [a for a in range(len(x_shape)) if a not in axes]
+    if not reduced or x_shape[reduced[0]] % size:
+        examples = x_shape[reduced[0]] if reduced else 1
+        raise ValueError(
+            f"virtual_batch_size must divide the number of examples, {examples} in x of shape "
+            f"{x_shape} with features on axis {_plain(axes)}, got {size}."
+        )
+    return reduced[0], int(size)
+
+
 def more_than_one_value(
     x_shape: tuple[int, ...],
     axes: tuple[int, ...],
+    ghosts: tuple[int, int] | None,
     axis_name: Hashable | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> None:
-    own = math.prod(n for a, n in enumerate(x_shape) if a not in axes)
+    sizes = dict(enumerate(x_shape)) | dict([ghosts] if ghosts else [])
+    own = math.prod(n for a, n in sizes.items() if a not in axes)
     if own * _devices(axis_name, axis_index_groups) == 1:
+        among = f" and group of virtual_batch_size={ghosts[1]}" if ghosts else ""
         raise ValueError(
-            f"x of shape {x_shape} has one value per feature (axis {_plain(axes)}), which has no "
-            f"unbiased variance; give more values, or batch_variance='biased' and "
+            f"x of shape {x_shape} has one value per feature (axis {_plain(axes)}){among}, which has "
+            f"no unbiased variance; give more values, or batch_variance='biased' and "
             f"running_variance='biased'."
         )
 

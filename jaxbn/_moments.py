@@ -10,9 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 # The name of the moments for policies of `jax.checkpoint`.
 NAME = "batch_norm_moments"
+
+
+def statistics_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """Float32 at least: half precision neither sums nor averages well."""
+    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
 class Moments(NamedTuple):
@@ -36,8 +42,8 @@ def apart(x: jax.Array, narrow: jax.Array, *others: jax.Array) -> tuple[jax.Arra
     writes out, where each could compute it on its way. A barrier, over different `others` for each,
     keeps them from sharing.
     """
-    narrow, *others = lax.optimization_barrier((narrow, *others))
-    return narrow.astype(x.dtype), *others
+    own, *own_others = lax.optimization_barrier((narrow, *others))
+    return own.astype(x.dtype), *own_others
 
 
 @apart.defjvp
@@ -166,7 +172,8 @@ def _gather(
 def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
     """The number of values that count."""
     if mask is None:
-        return jnp.asarray(math.prod(x.shape[a] for a in axes), x.dtype)
+        values = math.prod(x.shape[a] for a in axes)
+        return jnp.full((1,) * x.ndim, values, x.dtype)
     copies = math.prod(x.shape[a] for a in axes if mask.shape[a] != x.shape[a])
     return _sum(mask.astype(x.dtype), axes) * jnp.asarray(copies, x.dtype)
 

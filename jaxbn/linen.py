@@ -41,6 +41,8 @@ class BatchNorm(nn.Module):
       axis_index_groups: groups of indices of `axis_name` that share statistics.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".
       running_variance: the estimator that is tracked.
+      virtual_batch_size: normalizes groups of so many examples by statistics of their own, as
+        `jaxbn.batch_norm` says.
 
     Example:
       >>> import jax, jaxbn.linen
@@ -66,6 +68,7 @@ class BatchNorm(nn.Module):
     axis_index_groups: Sequence[Sequence[int]] | None = None
     batch_variance: Estimator = "biased"
     running_variance: Estimator = "unbiased"
+    virtual_batch_size: int | None = None
 
     @nn.compact
     def __call__(
@@ -140,6 +143,7 @@ class BatchNorm(nn.Module):
             running_variance=self.running_variance,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
+            virtual_batch_size=self.virtual_batch_size,
             **options,
         )
         if not use_running_average:

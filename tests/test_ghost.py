@@ -1,0 +1,247 @@
+"""`virtual_batch_size`: each group of examples normalized by its own statistics."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+import jaxbn.linen
+
+N, SIZE, C = 24, 4, 3
+
+
+def batch(rng, *, far=0.0):
+    return jnp.asarray(far + rng.normal(size=(N, 5, C)) * [1, 3, 0.1])
+
+
+def params_and_state(rng):
+    params = {"scale": jnp.asarray(rng.normal(size=C)), "bias": jnp.asarray(rng.normal(size=C))}
+    state = {"mean": jnp.asarray(rng.normal(size=C)), "var": jnp.asarray(rng.uniform(1, 2, C))}
+    return params, {**state, "count": jnp.array(3, jnp.int32)}
+
+
+def one_by_one(params, state, x, mask=None, **options):
+    """The definition: each group a batch of its own, and the mean of what each would track."""
+    ys, means, variances = [], [], []
+    for i in range(0, len(x), SIZE):
+        own = None if mask is None else mask[i : i + SIZE]
+        # momentum=0 tracks the batch's own statistics.
+        y, new = jaxbn.batch_norm(
+            params, state, x[i : i + SIZE], True, mask=own, **{**options, "momentum": 0.0}
+        )
+        ys.append(y)
+        n = (
+            x[0, ..., 0].size * SIZE
+            if mask is None
+            else int(np.asarray(mask)[i : i + SIZE].sum()) * x.shape[1]
+        )
+        means += [new["mean"]] if n >= 1 else []
+        variances += [new["var"]] if n >= 2 else []
+    momentum = options.get("momentum", 0.9)
+    if momentum is None:
+        momentum = 3 / 4
+    new = {
+        name: momentum * state[name] + (1 - momentum) * sum(found) / len(found)
+        for name, found in [("mean", means), ("var", variances)]
+    }
+    return jnp.concatenate(ys), {**new, "count": state["count"] + 1}
+
+
+def assert_close(found, wanted, tolerance=1e-12):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, wanted
+    )
+
+
+OPTIONS = [{}, jaxbn.EXERCISE, jaxbn.KERAS, {"momentum": None}]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_group_is_a_batch_of_its_own(rng, options, masked):
+    params, state = params_and_state(rng)
+    x, dy = batch(rng), batch(rng)
+    mask = jnp.asarray(rng.random((N, 1, 1)) < 0.7) if masked else None
+
+    def grouped(params, x):
+        return jaxbn.batch_norm(
+            params, state, x, True, mask=mask, virtual_batch_size=SIZE, **options
+        )
+
+    def wanted(params, x):
+        return one_by_one(params, state, x, mask, **options)
+
+    @partial(jax.jit, static_argnums=0)
+    def both_ways(step, params, x):
+        y, vjp, new = jax.vjp(step, params, x, has_aux=True)
+        return y, new, vjp(dy)
+
+    found = both_ways(grouped, params, x)
+    assert_close(found, both_ways(wanted, params, x), 1e-10)
+    whole, _ = jaxbn.batch_norm(params, state, x, True, mask=mask, **options)
+    assert np.abs(whole - found[0]).max() > 1e-2  # not what the whole batch's statistics give
+
+
+@pytest.mark.usefixtures("x64")
+def test_groups_without_values_are_left_out_of_the_mean(rng):
+    params, state = params_and_state(rng)
+    x = batch(rng)
+    mask = jnp.ones((N, 1, 1), bool).at[:SIZE].set(False)
+    x = x.at[:SIZE].set(jnp.nan)
+    y, new = jaxbn.batch_norm(params, state, x, True, mask=mask, virtual_batch_size=SIZE)
+    rest_y, rest = jaxbn.batch_norm(params, state, x[SIZE:], True, virtual_batch_size=SIZE)
+    assert_close((y[SIZE:], new), (rest_y, rest))
+    assert_close(y[:SIZE], jnp.broadcast_to(params["bias"], y[:SIZE].shape))
+    _, same = jaxbn.batch_norm(
+        params, state, x, True, mask=jnp.zeros_like(mask), virtual_batch_size=SIZE
+    )
+    assert_close(same, state, 0)
+
+
+def test_the_whole_batch_as_one_group_is_the_batch(rng):
+    params, state = jaxbn.init((N, 5, C))
+    x = batch(rng, far=1e4)
+    wanted = jaxbn.batch_norm(params, state, x, True)
+    # The same sums in another order, which two roundings of the largest value bound.
+    assert_close(jaxbn.batch_norm(params, state, x, True, virtual_batch_size=N), wanted, 2e-6)
+
+
+def test_evaluation_has_no_groups(rng):
+    params, state = jaxbn.init((N, 5, C))
+    x = batch(rng)[:5]  # which no group divides
+    wanted = jaxbn.batch_norm(params, state, x, False)
+    assert_close(jaxbn.batch_norm(params, state, x, False, virtual_batch_size=SIZE), wanted, 0)
+
+
+def test_without_a_state_evaluation_has_groups_too(rng):
+    params, _ = jaxbn.init((N, 5, C))
+    x = batch(rng)
+    train, _ = jaxbn.batch_norm(params, None, x, True, virtual_batch_size=SIZE)
+    evaluate, _ = jaxbn.batch_norm(params, None, x, False, virtual_batch_size=SIZE)
+    assert_close(train, evaluate, 0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_features_first_and_several_feature_axes(rng):
+    x = batch(rng)
+    params, state = params_and_state(rng)
+    wanted_y, wanted = jaxbn.batch_norm(params, state, x, True, virtual_batch_size=SIZE)
+    y, new = jaxbn.batch_norm(
+        params, state, jnp.moveaxis(x, -1, 0), True, axis=0, virtual_batch_size=SIZE
+    )
+    assert_close((jnp.moveaxis(y, 0, -1), new), (wanted_y, wanted))
+    params, state = jaxbn.init(x.shape, (1, 2))
+    y, _ = jaxbn.batch_norm(params, state, x, True, axis=(1, 2), virtual_batch_size=SIZE)
+    groups = y.reshape(-1, SIZE, 5, C)
+    np.testing.assert_allclose(groups.mean(1), 0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("masked", [False, True])
+def test_devices_with_groups_equal_one_with_the_whole_batch(rng, masked):
+    params, state = params_and_state(rng)
+    x = jnp.asarray(rng.normal(size=(8 * N, C)))
+    mask = jnp.asarray(rng.random((8 * N, 1)) < 0.6) if masked else jnp.ones((8 * N, 1), bool)
+
+    def step(x, mask, axis_name=None):
+        return jaxbn.batch_norm(
+            params, state, x, True, mask=mask, axis_name=axis_name, virtual_batch_size=SIZE
+        )
+
+    wanted = step(x, mask)
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = jax.shard_map(
+        lambda x, mask: step(x, mask, "devices"),
+        mesh=mesh,
+        in_specs=(P("devices"), P("devices")),
+        out_specs=(P("devices"), P()),  # the check: the state is the same on all devices
+    )
+    assert_close(jax.jit(over)(x, mask), wanted)
+    batch_sharded = jax.device_put((x, mask), jax.NamedSharding(mesh, P("devices")))
+    assert_close(jax.jit(step)(*batch_sharded), wanted)
+    pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    _, new = jax.pmap(
+        lambda x, mask: jaxbn.batch_norm(
+            *(params, state, x, True),
+            **{"mask": mask, "axis_name": "i", "axis_index_groups": pairs},
+            virtual_batch_size=SIZE,
+        ),
+        axis_name="i",
+    )(x.reshape(8, N, C), mask.reshape(8, N, 1))
+    for k in range(4):
+        part = slice(2 * k * N, 2 * (k + 1) * N)
+        assert_close(jax.tree.map(lambda v, k=k: v[2 * k], new), step(x[part], mask[part])[1])
+
+
+def test_transforms(rng):
+    params, state = jaxbn.init((N, 5, C))
+    x = batch(rng).astype(jnp.bfloat16)
+
+    def loss(x):
+        y, _ = jaxbn.batch_norm(params, state, x, True, virtual_batch_size=SIZE)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    assert jax.jit(jax.grad(loss))(x).dtype == x.dtype
+    hessian = jax.hessian(lambda x: loss(x))(x.astype(jnp.float32)[:SIZE])
+    assert np.isfinite(hessian).all() and np.abs(hessian).max() > 0
+    many = jnp.stack([x, 2 * x])
+    # One program or the other: roundings of bfloat16 gradients, of which the largest is about 1.
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(loss))(many)[1].astype(jnp.float32),
+        jax.grad(loss)(2 * x).astype(jnp.float32),
+        atol=2e-2,
+    )
+
+
+def test_the_linen_layer_has_them_too(rng):
+    x = batch(rng)
+    layer = jaxbn.linen.BatchNorm(use_running_average=False, virtual_batch_size=SIZE)
+    variables = layer.init(jax.random.key(0), x)
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    wanted_y, wanted = jaxbn.batch_norm(
+        variables["params"], variables["batch_stats"], x, True, virtual_batch_size=SIZE
+    )
+    assert_close((y, updates["batch_stats"]), (wanted_y, wanted), 0)
+
+
+@pytest.mark.parametrize("size", [0, -4, 2.0, True, "4"])
+def test_what_is_no_size(size):
+    params, state = jaxbn.init((N, C))
+    with pytest.raises(ValueError) as caught:
+        jaxbn.batch_norm(params, state, jnp.ones((N, C)), False, virtual_batch_size=size)
+    assert str(caught.value) == (
+        f"virtual_batch_size must be None or a positive integer, got {size!r}."
+    )
+
+
+def test_it_must_divide():
+    params, state = jaxbn.init((N, C))
+    with pytest.raises(ValueError) as caught:
+        jaxbn.batch_norm(params, state, jnp.ones((N, C)), True, virtual_batch_size=5)
+    assert str(caught.value) == (
+        "virtual_batch_size must divide the number of examples, 24 in x of shape (24, 3) with "
+        "features on axis 1, got 5."
+    )
+
+
+def test_groups_of_one_value_have_no_unbiased_variance():
+    params, state = jaxbn.init((N, C))
+    with pytest.raises(ValueError) as caught:
+        jaxbn.batch_norm(params, state, jnp.ones((N, C)), True, virtual_batch_size=1)
+    assert str(caught.value) == (
+        "x of shape (24, 3) has one value per feature (axis 1) and group of virtual_batch_size=1, "
+        "which has no unbiased variance; give more values, or batch_variance='biased' and "
+        "running_variance='biased'."
+    )
+
+
+def test_an_empty_batch_leaves_the_state():
+    params, state = jaxbn.init((N, C))
+    y, new = jaxbn.batch_norm(params, state, jnp.ones((0, C)), True, virtual_batch_size=4)
+    assert y.shape == (0, C)
+    assert_close(new, state, 0)
