@@ -18,8 +18,11 @@ def _convention(
     )
 
 
-# PyTorch writes the weight of the new value, 0.1; here momentum is the weight of the old one.
+#: PyTorch's, and the default everywhere here. Its own momentum, 0.1, weighs the new value.
 PYTORCH = _convention(0.9, 1e-5, "biased", "unbiased")
+#: That of `flax.linen.BatchNorm` and `flax.nnx.BatchNorm`.
 FLAX = _convention(0.99, 1e-5, "biased", "biased")
+#: That of `keras.layers.BatchNormalization`.
 KERAS = _convention(0.99, 1e-3, "biased", "biased")
+#: That of the exercise which the project grew from.
 EXERCISE = _convention(0.9, 1e-5, "unbiased", "unbiased")

@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 from jaxbn import _checks
 from jaxbn._batch_norm import Estimator, batch_norm, init
 
+__all__ = ["BatchNorm"]
+
 
 class BatchNorm(nn.Module):
     """Batch normalization, as `jaxbn.batch_norm` computes it.

@@ -1,0 +1,48 @@
+"""Batch norms of PyTorch, Keras, Haiku and Equinox as our `params` and `state`, and back.
+
+====== ==================== ================ ============================= ===================
+ours   PyTorch              Keras            Haiku                         Equinox
+====== ==================== ================ ============================= ===================
+scale  weight               gamma            scale                         weight
+bias   bias                 beta             offset                        bias
+mean   running_mean         moving_mean      mean_ema: average             in its state
+var    running_var          moving_variance  var_ema: average              in its state
+count  num_batches_tracked                   counter of both               where mode="batch"
+====== ==================== ================ ============================= ===================
+
+Only NumPy and JAX are imported: the layouts are read from what the frameworks hand out. Values
+come out bit for bit, in the dtype they have (float64 becomes float32 unless JAX's 64-bit types are
+enabled, as everywhere in JAX), and share no memory with tensors and NumPy arrays that go in.
+
+Numbers say nothing about the convention that they were trained with; that goes to `batch_norm`
+as keywords, and each function says which: `jaxbn.PYTORCH`, `jaxbn.KERAS`, and so on.
+
+What comes out goes into Flax as it is:
+`variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"] = from_torch(...)`.
+
+Files are read by whoever calls this, with a reader that runs no code from the file:
+`safetensors.numpy.load_file(path)`, or `torch.load(path, weights_only=True)`. Both give a mapping
+that `from_torch` and `batch_norms_from_torch` take.
+"""
+
+from jaxbn.convert._equinox import from_equinox as from_equinox
+from jaxbn.convert._equinox import to_equinox as to_equinox
+from jaxbn.convert._haiku import from_haiku as from_haiku
+from jaxbn.convert._haiku import to_haiku as to_haiku
+from jaxbn.convert._keras import from_keras as from_keras
+from jaxbn.convert._keras import to_keras as to_keras
+from jaxbn.convert._torch import batch_norms_from_torch as batch_norms_from_torch
+from jaxbn.convert._torch import from_torch as from_torch
+from jaxbn.convert._torch import to_torch as to_torch
+
+__all__ = [
+    "batch_norms_from_torch",
+    "from_equinox",
+    "from_haiku",
+    "from_keras",
+    "from_torch",
+    "to_equinox",
+    "to_haiku",
+    "to_keras",
+    "to_torch",
+]
