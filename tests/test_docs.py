@@ -1,9 +1,11 @@
 """What the project says in public: its names, and the code in its README."""
 
+import importlib
 import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,64 @@ import jaxbn
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+NAMES = {
+    "calibrate": ["merge", "recalibrate"],
+    "convert": [
+        *("batch_norms_from_torch", "from_equinox", "from_haiku", "from_keras", "from_torch"),
+        *("to_equinox", "to_haiku", "to_keras", "to_torch"),
+    ],
+    "inference": ["fold", "fold_linen"],
+    "linen": ["BatchNorm"],
+    "nnx": ["BatchNorm"],
+    "parity": [
+        *("ConventionError", "DifferentiableLayer", "Layer", "Report", "assert_parity"),
+        *("compare", "compare_models", "from_batch_norm", "from_equinox", "from_haiku"),
+        *("from_keras", "from_linen", "from_nnx", "from_torch", "identify"),
+    ],
+}
+
+
+MODULES = [
+    jaxbn,
+    *(importlib.import_module(f"jaxbn.{name}") for name in NAMES),
+]
+
+
+def public(module):
+    """The names of a module that are its own."""
+    return {n for n, v in vars(module).items() if n[0] != "_" and not inspect.ismodule(v)}
 
 
 def test_public_names():
     assert jaxbn.__all__ == sorted(jaxbn.__all__)
-    assert set(jaxbn.__all__) == {"EXERCISE", "FLAX", "KERAS", "PYTORCH", "batch_norm", "init"}
-    public = {n for n, v in vars(jaxbn).items() if n[0] != "_" and not inspect.ismodule(v)}
-    assert public == set(jaxbn.__all__)
+    assert set(jaxbn.__all__) == public(jaxbn) == {
+        *("EXERCISE", "FLAX", "KERAS", "PYTORCH"),
+        *("batch_norm", "decay_mask", "init", "keep_finite"),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_names_of(name):
+    module = importlib.import_module(f"jaxbn.{name}")
+    assert sorted(module.__all__) == module.__all__ == NAMES[name]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_every_public_name_is_documented(module):
+    reference = (ROOT / "docs" / "api.md").read_text()
+    for name in module.__all__:
+        value = getattr(module, name)
+        spelled = f"{module.__name__}.{name}\n" in reference
+        assert spelled or f"automodule:: {module.__name__}\n   :members:" in reference, name
+        if isinstance(value, Mapping):
+            continue
+        text = inspect.getdoc(value)
+        assert text, name
+        if inspect.isfunction(value):
+            for section in ("Args:", "Returns:", "Example:"):
+                assert section in text or (section == "Returns:" and "Raises:" in text), name
+            for parameter in inspect.signature(value).parameters:
+                assert re.search(rf"^ +\**{parameter}: ", text, re.MULTILINE), (name, parameter)
 
 
 def test_signatures():
@@ -29,7 +82,7 @@ def test_signatures():
     assert spell(jaxbn.batch_norm) == [
         *("params", "state", "x", "train", "axis=-1", "momentum=0.9", "epsilon=1e-05"),
         *("batch_variance='biased'", "running_variance='unbiased'", "axis_name=None"),
-        *("axis_index_groups=None", "mask=None", "dtype=None"),
+        *("axis_index_groups=None", "mask=None", "dtype=None", "virtual_batch_size=None"),
     ]
     positional = [p.name for p in inspect.signature(jaxbn.batch_norm).parameters.values()
                   if p.kind is p.POSITIONAL_OR_KEYWORD]  # fmt: skip

@@ -1,8 +1,12 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped."""
 
+import hashlib
+import sys
 from dataclasses import asdict
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from train_examples.digits.config import Config, UserError
@@ -12,7 +16,7 @@ from train_examples.digits.history import History
 def open_manager(config: Config) -> ocp.CheckpointManager:
     """Orbax's manager of the checkpoints in `config.out`.
 
-    A resumed run must find a checkpoint there, made with its options; a new run none.
+    A resumed run must find a checkpoint there; a new run none.
     """
     folder = config.out.resolve() / "checkpoints"
     nothing = UserError(
@@ -24,12 +28,11 @@ def open_manager(config: Config) -> ocp.CheckpointManager:
     # An epoch takes longer than writing its checkpoint, and a written one is safe.
     manager = ocp.CheckpointManager(
         folder,
-        options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False),
+        options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
     )
     if config.resume:
         if manager.latest_step() is None:
             raise nothing
-        _check_options(manager, config)
     elif manager.latest_step() is not None:
         raise UserError(
             f"--out {config.out} has checkpoints of an earlier run: go on with it by --resume, or "
@@ -41,31 +44,71 @@ def open_manager(config: Config) -> ocp.CheckpointManager:
 def save(
     manager: ocp.CheckpointManager, epoch: int, state: Any, history: History, config: Config
 ) -> None:
-    """Writes the checkpoint of an epoch whole, or not at all; then removes the one before."""
+    """Writes the checkpoint of an epoch whole, or not at all; the one before stays beside it."""
     manager.save(
         epoch,
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             history=ocp.args.JsonSave(asdict(history)),
             options=ocp.args.JsonSave(config.decisive()),
+            digest=ocp.args.JsonSave({"sha256": _digest(state)}),
         ),
     )
 
 
-def restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, History]:
-    """The latest checkpoint's state, of the structure of `like`, and history."""
-    restored = manager.restore(
-        manager.latest_step(),
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), history=ocp.args.JsonRestore()
-        ),
+def restore(manager: ocp.CheckpointManager, like: Any, config: Config) -> tuple[Any, History]:
+    """State, of the structure of `like`, and history of the latest checkpoint that is whole.
+
+    One that is not is named on stderr and removed, so that its epoch can be written again.
+    """
+    broken = []
+    for epoch in sorted(manager.all_steps(), reverse=True):
+        try:
+            _check_options(manager, epoch, config)
+            restored = manager.restore(
+                epoch,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like),
+                    history=ocp.args.JsonRestore(),
+                    digest=ocp.args.JsonRestore(),
+                ),
+            )
+            if restored["digest"]["sha256"] != _digest(restored["state"]):
+                raise ValueError("its numbers are not those that were written")
+        except UserError:
+            raise
+        except Exception as error:  # whatever the libraries beneath make of a damaged file
+            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            broken.append((epoch, reason))
+            continue
+        for damaged, reason in broken:
+            print(
+                f"the checkpoint of epoch {damaged} in {config.out} is damaged ({reason}); going "
+                f"on from that of epoch {epoch}.",
+                file=sys.stderr,
+            )
+            manager.delete(damaged)
+        return restored["state"], History(**restored["history"])
+    reasons = "; ".join(f"that of epoch {epoch}: {reason}" for epoch, reason in broken)
+    raise UserError(
+        f"--resume: no checkpoint in {config.out} is whole ({reasons}). Start a new run in another "
+        f"folder."
     )
-    return restored["state"], History(**restored["history"])
 
 
-def _check_options(manager: ocp.CheckpointManager, config: Config) -> None:
+def _digest(state: Any) -> str:
+    """A checksum of every bit of the state."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        values = np.asarray(leaf)
+        sha.update(f"{jax.tree_util.keystr(path)}{values.dtype}{values.shape}".encode())
+        sha.update(values.tobytes())
+    return sha.hexdigest()
+
+
+def _check_options(manager: ocp.CheckpointManager, epoch: int, config: Config) -> None:
     args = ocp.args.Composite(options=ocp.args.JsonRestore())
-    stored = manager.restore(manager.latest_step(), args=args)["options"]
+    stored = manager.restore(epoch, args=args)["options"]
     differing = [
         f"--{name.replace('_', '-')} is {given}, the checkpoint has {stored.get(name)}"
         for name, given in config.decisive().items()

@@ -20,6 +20,8 @@ class ConvNet(nn.Module):
       norm: makes a normalization layer; called as `flax.linen.BatchNorm` is.
       kernel_init: initializer of the convolutions.
       dtype: the dtype of the convolutions and normalizations. Logits are float32 at least.
+      use_bias: whether the convolutions have biases. By default they have none: the normalization
+        would subtract it, and has one of its own.
     """
 
     widths: Sequence[int] = (32, 64)
@@ -27,6 +29,7 @@ class ConvNet(nn.Module):
     norm: Callable[..., Callable[..., jax.Array]] = BatchNorm
     kernel_init: Initializer = nn.initializers.he_normal()
     dtype: DTypeLike = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -38,9 +41,12 @@ class ConvNet(nn.Module):
             if stage > 0:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             for _ in range(2):
-                # No bias: the normalization would subtract it, and has one of its own.
                 conv = nn.Conv(
-                    width, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=self.kernel_init
+                    width,
+                    (3, 3),
+                    use_bias=self.use_bias,
+                    dtype=self.dtype,
+                    kernel_init=self.kernel_init,
                 )
                 norm = self.norm(use_running_average=not train, dtype=self.dtype)
                 x = nn.relu(norm(conv(x), mask=mask))

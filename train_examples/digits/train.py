@@ -13,6 +13,7 @@ from flax.training import train_state
 from jax.typing import ArrayLike, DTypeLike
 from rich.progress import Progress
 
+from jaxbn import decay_mask
 from jaxbn.linen import BatchNorm
 from train_examples.digits import checkpoint, data
 from train_examples.digits.config import Config, UserError
@@ -68,14 +69,9 @@ def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
     """Nesterov momentum and weight decay; a warmup over a tenth of the steps, a cosine to zero."""
     schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 10, steps)
     return optax.chain(
-        optax.add_decayed_weights(WEIGHT_DECAY, mask=kernels),
+        optax.add_decayed_weights(WEIGHT_DECAY, mask=decay_mask),
         optax.sgd(schedule, momentum=0.9, nesterov=True),
     )
-
-
-def kernels(params: Tree) -> Tree:
-    """Which parameters decay: those of convolutions and dense layers, but no bias or scale."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def create_state(
@@ -219,7 +215,7 @@ def fit(
         state = backend.place(create_state(model, images[:1], tx, config.seed, dtype))
         history = History()
         if config.resume:
-            state, history = checkpoint.restore(manager, state)
+            state, history = checkpoint.restore(manager, state, config)
         else:
             history.record_moving(0, steps, state.batch_stats)
 

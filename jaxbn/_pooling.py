@@ -1,0 +1,73 @@
+"""Statistics of several batches or shards put together, in float64 on the host."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import DictKey
+from jax.typing import ArrayLike
+
+# The path of a layer's statistics.
+Layer = tuple[Any, ...]
+
+
+class Whole(NamedTuple):
+    """Count, mean and biased variance of values, float64, each of the shape of the layer's `mean`.
+
+    `ddof` is what `Seen` has.
+    """
+
+    n: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    ddof: np.ndarray
+
+
+def pooled(a: Whole, b: Whole) -> Whole:
+    """Of the values of both."""
+    n = a.n + b.n
+    share = b.n / np.maximum(n, 1)
+    with np.errstate(all="ignore"):
+        apart = b.mean - a.mean
+        mean = a.mean + share * apart
+        var = (1 - share) * a.var + share * b.var + share * (1 - share) * apart**2
+    # What no value stands for may be anything, NaN too.
+    mean = np.where(b.n == 0, a.mean, np.where(a.n == 0, b.mean, mean))
+    var = np.where(b.n == 0, a.var, np.where(a.n == 0, b.var, var))
+    return Whole(n, mean, var, a.ddof)
+
+
+def part(n: float, mean: ArrayLike, var: ArrayLike, ddof: int) -> Whole:
+    """Of the state that a part of the data left."""
+    mean, var = np.asarray(mean, np.float64), np.asarray(var, np.float64)
+    biased = var * (n - ddof) / n if n > ddof else np.zeros_like(var)
+    return Whole(np.full(mean.shape, n), mean, biased, np.asarray(ddof))
+
+
+def tracked(whole: Whole, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The state after the whole, in the form of the old one; the old one where no value counts."""
+    ddof = whole.ddof.flat[0]
+    new_var = whole.var * (whole.n / np.maximum(whole.n - ddof, 1))
+
+    def new(old: jax.Array, value: np.ndarray, exists: np.ndarray) -> jax.Array:
+        old_value, shape = np.asarray(old, np.float64), np.shape(old)
+        value = np.where(exists.reshape(shape), value.reshape(shape), old_value)
+        with np.errstate(over="ignore"):
+            return jnp.asarray(value, jnp.asarray(old).dtype)
+
+    return new(mean, whole.mean, whole.n > 0), new(var, new_var, whole.n > ddof)
+
+
+def layers_of(tree: Any) -> dict[Layer, dict[Any, int]]:
+    """For each layer, where its statistics are among the leaves."""
+    layers: dict[Layer, dict[Any, int]] = {}
+    for place, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
+        # An NNX variable adds an attribute.
+        *layer, name = (key.key for key in path if isinstance(key, DictKey))
+        layers.setdefault(tuple(layer), {})[name] = place
+    return layers
+
+
+def where(layer: Layer) -> str:
+    return f" in {'/'.join(map(str, layer))}" if layer else ""

@@ -1,0 +1,143 @@
+"""The frameworks' batch norms, each at its own defaults, for the command to look at."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._batch_norm import init
+from jaxbn.parity import _adapters
+from jaxbn.parity._layer import DifferentiableLayer
+
+
+class Parameters(NamedTuple):
+    """What a layer is made with: (C,) each, in the dtype that it keeps them in."""
+
+    scale: np.ndarray
+    bias: np.ndarray
+
+
+Maker = Callable[[Parameters], DifferentiableLayer]
+
+
+def ours(parameters: Parameters) -> DifferentiableLayer:
+    _, state = init(parameters.scale.shape, param_dtype=parameters.scale.dtype)
+    return _adapters.from_batch_norm(_as_jax(parameters), state)
+
+
+def torch(parameters: Parameters) -> DifferentiableLayer:
+    import torch
+
+    (where,) = jnp.zeros(()).devices()
+    device = where.platform
+    if device not in ("cpu", "gpu") or (device == "gpu" and not torch.cuda.is_available()):
+        raise ImportError(f"this PyTorch, {torch.__version__}, does not run on {device}")
+    layer = torch.nn.BatchNorm1d(len(parameters.scale))
+    layer = layer.to("cuda" if device == "gpu" else "cpu", getattr(torch, str(_dtype(parameters))))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(parameters.scale))
+        layer.bias.copy_(torch.tensor(parameters.bias))
+    return _adapters.from_torch(layer)
+
+
+def linen(parameters: Parameters) -> DifferentiableLayer:
+    import flax.linen
+
+    module = flax.linen.BatchNorm(param_dtype=_dtype(parameters))
+    _, state = init(parameters.scale.shape, param_dtype=_dtype(parameters))
+    variables = {"params": _as_jax(parameters), "batch_stats": state}
+    return _adapters.from_linen(module, variables)
+
+
+def nnx(parameters: Parameters) -> DifferentiableLayer:
+    from flax import nnx
+
+    params = _as_jax(parameters)
+    layer = nnx.BatchNorm(
+        len(parameters.scale),
+        param_dtype=_dtype(parameters),
+        scale_init=lambda *_: params["scale"],
+        bias_init=lambda *_: params["bias"],
+        rngs=nnx.Rngs(0),
+    )
+    return _adapters.from_nnx(layer)
+
+
+def haiku(parameters: Parameters) -> DifferentiableLayer:
+    import haiku as hk
+
+    # Haiku has no default decay; 0.99 is the one that most of the others have.
+    transformed = hk.transform_with_state(
+        lambda x, is_training: hk.BatchNorm(True, True, 0.99)(x, is_training)
+    )
+    scale, bias = (v[None] for v in _as_jax(parameters).values())
+    _, state = transformed.init(None, scale, True)
+    return _adapters.from_haiku(
+        transformed, {"batch_norm": {"scale": scale, "offset": bias}}, state
+    )
+
+
+def equinox(parameters: Parameters, mode: Literal["batch", "ema"] = "batch") -> DifferentiableLayer:
+    import equinox as eqx
+
+    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+        len(parameters.scale), "batch", mode=mode, dtype=_dtype(parameters)
+    )
+    values = tuple(_as_jax(parameters).values())
+    layer = eqx.tree_at(lambda one: (one.weight, one.bias), layer, values)
+    return _adapters.from_equinox(layer, state)
+
+
+def equinox_ema(parameters: Parameters) -> DifferentiableLayer:
+    return equinox(parameters, mode="ema")
+
+
+def keras(parameters: Parameters) -> DifferentiableLayer:
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # read when Keras is first imported
+    import keras
+
+    if keras.backend.backend() != "jax":
+        raise ImportError(f"Keras runs on its {keras.backend.backend()} backend, not on JAX")
+    layer = keras.layers.BatchNormalization(dtype=str(_dtype(parameters)))
+    layer.build((None, len(parameters.scale)))
+    for variable, value in zip(layer.trainable_variables, parameters, strict=True):
+        variable.assign(value)
+    return _adapters.from_keras(layer)
+
+
+FRAMEWORKS: Mapping[str, tuple[str, Maker]] = {
+    "ours": ("jaxbn", ours),
+    "torch": ("PyTorch", torch),
+    "linen": ("flax.linen", linen),
+    "nnx": ("flax.nnx", nnx),
+    "haiku": ("Haiku", haiku),
+    "equinox": ("Equinox", equinox),
+    "equinox-ema": ("Equinox, ema", equinox_ema),
+    "keras": ("Keras", keras),
+}
+
+
+def available(
+    names: Sequence[str], parameters: Parameters
+) -> tuple[dict[str, Maker], dict[str, str]]:
+    """Of the named frameworks, by their titles, those that run here, and why the others do not."""
+    found, missing = {}, {}
+    for name in names:
+        title, make = FRAMEWORKS[name]
+        try:
+            make(parameters)
+            found[title] = make
+        except ImportError as error:
+            missing[title] = str(error)
+    return found, missing
+
+
+def _as_jax(parameters: Parameters) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(value) for name, value in parameters._asdict().items()}
+
+
+def _dtype(parameters: Parameters) -> Any:
+    return parameters.scale.dtype

@@ -1,0 +1,188 @@
+"""Batch norms in NumPy: of any convention, of none of `batch_norm`'s, and with one fault each."""
+
+import numpy as np
+
+
+class NumpyLayer:
+    """A batch norm as a textbook has it, in one dtype, with anything but the input arbitrary."""
+
+    def __init__(
+        self,
+        rng,
+        *,
+        momentum=0.9,
+        epsilon=1e-5,
+        batch_variance="biased",
+        running_variance="unbiased",
+        features=5,
+        dtype=np.float32,
+        count=0,
+    ):
+        self.momentum, self.epsilon, self.dtype, self.count = momentum, epsilon, dtype, count
+        self.ddof = int(batch_variance == "unbiased")
+        self.running_ddof = int(running_variance == "unbiased")
+        self.scale, self.bias, self.mean = rng.normal(size=(3, features)).astype(dtype)
+        self.var = rng.uniform(0.1, 3, features).astype(dtype)
+
+    def weight(self):
+        return 1 / self.count if self.momentum is None else 1 - self.momentum
+
+    def moved(self, old, new):
+        return (old + self.dtype(self.weight()) * (new - old)).astype(self.dtype)
+
+    def track(self, x):
+        self.count += 1
+        self.mean = self.moved(self.mean, x.mean(0))
+        self.var = self.moved(self.var, x.var(0, ddof=self.running_ddof))
+
+    def normalized(self, x, mean, var):
+        return self.scale * (x - mean) / np.sqrt(var + self.dtype(self.epsilon)) + self.bias
+
+    def train(self, x):
+        assert x.dtype == np.float32
+        x = x.astype(self.dtype)
+        self.track(x)
+        return self.normalized(x, x.mean(0), x.var(0, ddof=self.ddof))
+
+    def evaluate(self, x):
+        return self.normalized(x.astype(self.dtype), self.mean, self.var)
+
+    def running(self):
+        return self.mean, self.var
+
+
+class BiasCorrected(NumpyLayer):
+    """Haiku's: decayed sums from zero, divided by the sum of their weights."""
+
+    def weight(self):
+        return (1 - self.momentum) / (1 - self.momentum**self.count)
+
+
+class InitialVarianceLeftIn(BiasCorrected):
+    def track(self, x):
+        first = self.count == 0
+        super().track(x)
+        if first:
+            self.var = self.var + self.dtype(self.momentum / (1 - self.momentum))
+
+
+class EpsilonOutside(NumpyLayer):
+    def normalized(self, x, mean, var):
+        return self.scale * (x - mean) / (np.sqrt(var) + self.dtype(self.epsilon)) + self.bias
+
+
+class Frozen(NumpyLayer):
+    def track(self, x):
+        pass
+
+
+class OwnMomentumForTheVariance(NumpyLayer):
+    def track(self, x):
+        mean = self.mean
+        super().track(x)
+        self.mean = (0.8 * mean + 0.2 * x.mean(0)).astype(self.dtype)
+
+
+class MomentumPerFeature(NumpyLayer):
+    def moved(self, old, new):
+        return (old + np.linspace(0.1, 0.2, len(old)) * (new - old)).astype(self.dtype)
+
+
+class WarmedUp(NumpyLayer):
+    def weight(self):
+        return 1.0 if self.count == 1 else 0.1
+
+
+class TracksDeviations(NumpyLayer):
+    def track(self, x):
+        var = self.var
+        super().track(x)
+        self.var = self.moved(var, x.std(0))
+
+
+class AddsEpsilonToTheTracked(NumpyLayer):
+    def track(self, x):
+        super().track(x)
+        self.var = self.var + self.dtype(0.01)
+
+
+class MedianMean(NumpyLayer):
+    def train(self, x):
+        self.track(x)
+        return self.normalized(x, np.median(x, 0), x.var(0))
+
+
+class HalfTheBatchVariance(NumpyLayer):
+    def train(self, x):
+        self.track(x)
+        return self.normalized(x, x.mean(0), x.var(0) * (1.5 if len(x) == 2 else 1))
+
+
+class Clamped(NumpyLayer):
+    def normalized(self, x, mean, var):
+        return self.scale * (x - mean) / np.sqrt(np.maximum(var, self.epsilon)) + self.bias
+
+
+class NoEpsilon(NumpyLayer):
+    def normalized(self, x, mean, var):
+        return self.scale * (x - mean) / np.sqrt(var) + self.bias
+
+
+class OwnEpsilonInEvaluation(NumpyLayer):
+    def evaluate(self, x):
+        self.epsilon, kept = 100 * self.epsilon, self.epsilon
+        y = super().evaluate(x)
+        self.epsilon = kept
+        return y
+
+
+class EvaluatesWithoutBias(NumpyLayer):
+    def evaluate(self, x):
+        return super().evaluate(x) - self.bias
+
+
+class Relu(NumpyLayer):
+    def train(self, x):
+        return np.maximum(super().train(x) - self.bias, 0)
+
+
+class Noisy(NumpyLayer):
+    def train(self, x):
+        return super().train(x) + np.random.default_rng(self.count).normal(size=x.shape) * 0.01
+
+
+class NotANumber(NumpyLayer):
+    def normalized(self, x, mean, var):
+        return super().normalized(x, mean, var) * np.nan
+
+
+class OneStatisticForAll(NumpyLayer):
+    def running(self):
+        return self.mean[:1], self.var[:1]
+
+
+class NegativeVariance(NumpyLayer):
+    def running(self):
+        return self.mean, -self.var
+
+
+class Transposed(NumpyLayer):
+    def evaluate(self, x):
+        return super().evaluate(x).T
+
+
+class NoScale(NumpyLayer):
+    def normalized(self, x, mean, var):
+        return self.bias + 0 * x
+
+
+class NormalizesRows(NumpyLayer):
+    def train(self, x):
+        self.track(x)
+        return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + self.epsilon)
+
+
+class RunningStatisticsInTraining(NumpyLayer):
+    def train(self, x):
+        self.track(x)
+        return self.evaluate(x)

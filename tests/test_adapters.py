@@ -1,0 +1,284 @@
+"""The frameworks' layers behind the parity tools' interface."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+import jaxbn.parity as parity
+from jaxbn.parity import _frameworks
+from tests import oracle
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+C = 5
+X = np.ones((8, C), np.float32)
+
+
+def linen(module):
+    return parity.from_linen(module, module.init(jax.random.key(0), X))
+
+
+def flax_linen(**options):
+    import flax.linen
+
+    return linen(flax.linen.BatchNorm(use_running_average=False, **options))
+
+
+def flax_nnx(make=None, **options):
+    from flax import nnx
+
+    return parity.from_nnx((make or nnx.BatchNorm)(C, rngs=nnx.Rngs(0), **options))
+
+
+def torch_layer(kind, **options):
+    import torch
+
+    return parity.from_torch(getattr(torch.nn, kind)(C, **options))
+
+
+def keras_layer(shape=(None, C), **options):
+    import keras
+
+    layer = keras.layers.BatchNormalization(**options)
+    layer.build(shape)
+    return parity.from_keras(layer)
+
+
+def haiku_layer(*options, x=X, **keywords):
+    import haiku as hk
+
+    norm = hk.transform_with_state(lambda x, train: hk.BatchNorm(*options, **keywords)(x, train))
+    return parity.from_haiku(norm, *norm.init(None, jnp.asarray(x), True))
+
+
+def equinox_layer(**options):
+    import equinox as eqx
+
+    return parity.from_equinox(*eqx.nn.make_with_state(eqx.nn.BatchNorm)(C, "batch", **options))
+
+
+def ours(convention, **options):
+    params, state = jaxbn.init((8, C), track_count=convention["momentum"] is None, **options)
+    return parity.from_batch_norm(params, state, **convention)
+
+
+def convention(momentum, epsilon, batch_variance, running_variance):
+    return {
+        "momentum": momentum,
+        "epsilon": epsilon,
+        "batch_variance": batch_variance,
+        "running_variance": running_variance,
+    }
+
+
+LAYERS = {
+    "ours, exercise": (lambda: ours(jaxbn.EXERCISE), jaxbn.EXERCISE),
+    "ours, Keras": (lambda: ours(jaxbn.KERAS, use_scale=False), jaxbn.KERAS),
+    "ours, cumulative": (
+        lambda: ours({**jaxbn.PYTORCH, "momentum": None}),
+        {**jaxbn.PYTORCH, "momentum": None},
+    ),
+    "our linen": (
+        lambda: linen(jaxbn.linen.BatchNorm(False, axis=1, momentum=None, epsilon=1e-4)),
+        convention(None, 1e-4, "biased", "unbiased"),
+    ),
+    "our nnx": (lambda: flax_nnx(jaxbn.nnx.BatchNorm, **jaxbn.EXERCISE), jaxbn.EXERCISE),
+    "linen": (flax_linen, jaxbn.FLAX),
+    "linen, options": (
+        lambda: flax_linen(axis=1, momentum=0.5, epsilon=0.1, use_scale=False, axis_name="data"),
+        convention(0.5, 0.1, "biased", "biased"),
+    ),
+    "nnx": (flax_nnx, jaxbn.FLAX),
+    "nnx, options": (
+        lambda: flax_nnx(axis=-3, momentum=0.999, epsilon=1e-6, use_bias=False),
+        convention(0.999, 1e-6, "biased", "biased"),
+    ),
+    "BatchNorm1d": (lambda: torch_layer("BatchNorm1d"), jaxbn.PYTORCH),
+    "BatchNorm2d": (
+        lambda: torch_layer("BatchNorm2d", momentum=None, affine=False),
+        {**jaxbn.PYTORCH, "momentum": None},
+    ),
+    "BatchNorm3d": (
+        lambda: torch_layer("BatchNorm3d", momentum=0.25, eps=0.02),
+        convention(0.75, 0.02, "biased", "unbiased"),
+    ),
+    "Keras": (keras_layer, jaxbn.KERAS),
+    "Keras, options": (
+        lambda: keras_layer((None, C, 2, 2), axis=1, momentum=0.9, epsilon=1e-5, center=False),
+        convention(0.9, 1e-5, "biased", "biased"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_convention_is_identified(name):
+    make, expected = LAYERS[name]
+    assert parity.identify(make(), C) == expected
+
+
+@pytest.mark.parametrize(
+    "make, averages",
+    [
+        (lambda: haiku_layer(True, True, 0.9, eps=1e-4), "bias-corrected"),
+        (
+            lambda: haiku_layer(False, False, 0.9, eps=1e-4, data_format="NC..."),
+            "bias-corrected",
+        ),
+        (
+            lambda: equinox_layer(mode="batch", momentum=0.9, eps=1e-4),
+            "bias-corrected, with the initial variance left in",
+        ),
+    ],
+)
+def test_a_bias_correction_is_named(make, averages):
+    with pytest.raises(parity.ConventionError, match=averages) as caught:
+        parity.identify(make(), C)
+    expected = convention(0.9, 1e-4, "biased", "biased")
+    assert caught.value.found == {**expected, "averages": averages}
+
+
+def test_equinox_that_normalizes_with_its_averages_fits_nothing():
+    with pytest.raises(parity.ConventionError, match=r"weights 1, 0\.01, 0\.01"):
+        parity.identify(equinox_layer(mode="ema"), C)
+    trained = equinox_layer(mode="ema")
+    trained.train(X + np.random.default_rng(0).normal(size=X.shape).astype(np.float32))
+    with pytest.raises(parity.ConventionError) as caught:
+        parity.identify(trained, C)
+    assert caught.value.probe == "batch variance"
+
+
+def parameters(rng):
+    return _frameworks.Parameters(*rng.uniform(0.5, 2, (2, C)).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", _frameworks.FRAMEWORKS)
+def test_output_gradients_and_statistics(name, rng):
+    given = parameters(rng)
+    _, make = _frameworks.FRAMEWORKS[name]
+    x, dy = rng.normal(size=(2, 32, C)).astype(np.float32)
+    stepping, training = make(given), make(given)
+    assert isinstance(stepping, parity.DifferentiableLayer)
+    y, gradients = stepping.step(x, dy)
+    truth = oracle.batch_norm(x, dy, *given, epsilon=1e-3 if name == "keras" else 1e-5)
+    found = (y, gradients["x"], gradients["scale"], gradients["bias"])
+    for value, wanted in zip(found, truth, strict=False):
+        assert value.dtype == np.float32
+        assert oracle.error(value, wanted) < 2e-6
+    np.testing.assert_allclose(training.train(x), y, rtol=1e-6, atol=1e-6)
+    for one, other in zip(training.running(), stepping.running(), strict=True):
+        assert one.shape == (C,)
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    before = stepping.running()
+    assert stepping.evaluate(x).shape == x.shape
+    np.testing.assert_array_equal(stepping.running(), before)
+
+
+def test_parameters_that_a_layer_lacks_have_no_gradients():
+    layers = [
+        (ours(jaxbn.FLAX, use_scale=False), {"x", "bias"}),
+        (flax_linen(use_scale=False, use_bias=False), {"x"}),
+        (flax_nnx(use_bias=False), {"x", "scale"}),
+        (torch_layer("BatchNorm2d", affine=False), {"x"}),
+        (keras_layer(center=False), {"x", "scale"}),
+        (haiku_layer(False, True, 0.9), {"x", "bias"}),
+        (equinox_layer(mode="batch", channelwise_affine=False), {"x"}),
+    ]
+    for layer, names in layers:
+        assert layer.step(X, X)[1].keys() == names
+
+
+def test_the_layer_itself_stays_as_it_is():
+    import keras
+    import torch
+    from flax import nnx
+
+    mine = torch.nn.BatchNorm1d(C).eval()
+    theirs = nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+    third = keras.layers.BatchNormalization()
+    third.build((None, C))
+    for layer in (parity.from_torch(mine), parity.from_nnx(theirs), parity.from_keras(third)):
+        layer.train(X)
+        assert (layer.running()[0] != 0).all()
+    assert not mine.running_mean.any() and not mine.training
+    assert not theirs.mean[...].any()
+    assert not np.asarray(third.moving_mean).any()
+
+
+def test_a_trained_layer_goes_on_from_where_it_is():
+    import torch
+
+    layer = torch.nn.BatchNorm1d(C, momentum=None)
+    for _ in range(7):
+        layer(torch.ones(4, C))
+    assert parity.identify(parity.from_torch(layer), C)["momentum"] is None
+
+
+def test_half_precision_goes_through():
+    x = X.astype(jnp.bfloat16)
+    for layer in (torch_layer("BatchNorm1d"), flax_linen(), ours(jaxbn.PYTORCH)):
+        y, gradients = layer.step(x, x)
+        assert y.shape == gradients["x"].shape == x.shape
+
+
+def error(text):
+    return pytest.raises(ValueError, match=f"^{re.escape(text)}$")
+
+
+def test_what_cannot_be_adapted(monkeypatch):
+    import equinox as eqx
+    import haiku as hk
+    import keras
+
+    with error("the layer keeps no running statistics; there is nothing to identify."):
+        torch_layer("BatchNorm1d", track_running_stats=False)
+    with error("the layer's axis is (1, 2); only a single feature axis can be probed."):
+        parity.from_batch_norm(*jaxbn.init((8, C)), axis=(1, 2))
+    with error("the layer is not built; call layer.build((None, num_features))."):
+        parity.from_keras(keras.layers.BatchNormalization())
+    with error("the layer's axis_name is ('a', 'b'); it must be one name."):
+        parity.from_equinox(*eqx.nn.make_with_state(eqx.nn.BatchNorm)(C, ("a", "b"), mode="batch"))
+    empty = hk.transform_with_state(lambda x, train: x)
+    with error("the state holds 0 batch norms, []; only one can be probed."):
+        parity.from_haiku(empty, *empty.init(None, X, True))
+    monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
+    with error(
+        "Keras runs on its tensorflow backend; set KERAS_BACKEND=jax in the environment before it "
+        "is imported."
+    ):
+        keras_layer()
+
+
+MODULES = {"torch": "torch", "haiku": "haiku", "equinox": "equinox", "keras": "keras"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_missing_framework_is_reported(name, monkeypatch, rng):
+    monkeypatch.setitem(sys.modules, MODULES[name], None)
+    found, missing = _frameworks.available(["ours", name], parameters(rng))
+    title, _ = _frameworks.FRAMEWORKS[name]
+    assert list(found) == ["jaxbn"]
+    assert missing == {title: f"import of {MODULES[name]} halted; None in sys.modules"}
+
+
+def test_a_framework_that_runs_elsewhere_is_reported(monkeypatch, rng):
+    import keras
+
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    found, missing = _frameworks.available(["keras"], parameters(rng))
+    assert (found, missing) == ({}, {"Keras": "Keras runs on its torch backend, not on JAX"})
+
+
+def test_frameworks_are_imported_only_when_used():
+    frameworks = ["torch", "haiku", "equinox", "keras", "rich", "matplotlib"]
+    code = f"import sys, jaxbn.parity; print([m for m in {frameworks} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,182 @@
+"""Comparing two layers: what the report says, and what is refused."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jaxbn
+from jaxbn.parity import assert_parity, compare, from_batch_norm, from_torch
+from tests.faulty import FEATURES, Layer, N, WithGradients, batches
+
+BIASED = f"running variance differs by n/(n-1) = {N}/{N - 1}: biased against unbiased"
+
+
+class NotFinite(Layer):
+    def train(self, x):
+        y = super().train(x)
+        y[0, 0] = np.nan
+        return y
+
+
+def test_nan_parts(rng):
+    report = compare(NotFinite(), Layer(), batches(rng))
+    assert report.parted[:2] == ("step 1", "y")
+    assert report.diagnosis == ("y at step 1: not finite: candidate",)
+    both = compare(NotFinite(), NotFinite(), batches(rng))
+    assert both.diagnosis == ("y at step 1: not finite: candidate and reference",)
+    rows = json.loads(json.dumps(both.to_dict(), allow_nan=False))["rows"]
+    assert [row["relative"] for row in rows if row["name"] == "y"] == [None] * 3
+
+
+def test_shapes_that_differ_part(rng):
+    class Flat(Layer):
+        def train(self, x):
+            return super().train(x).ravel()
+
+    report = compare(Flat(), Layer(), batches(rng))
+    assert report.diagnosis == ("y at step 1: shape (192,) against (32, 6)",)
+
+
+def test_layers_without_step_have_no_gradients(rng):
+    report = compare(Layer(), WithGradients(), batches(rng))
+    assert report.ok
+    assert report.notes == ("no gradients: the candidate has no step",)
+    assert {row.name for row in report.rows} == {"y", "running mean", "running var", "evaluation y"}
+    report = compare(WithGradients(), Layer(), batches(rng))
+    assert report.notes == ("no gradients: the reference has no step",)
+
+
+def test_a_gradient_that_one_side_lacks_is_noted(rng):
+    class NoBias(WithGradients):
+        def step(self, x, dy):
+            y, grads = super().step(x, dy)
+            return y, {"x": grads["x"], "scale": grads["scale"]}
+
+    report = compare(NoBias(), WithGradients(), batches(rng))
+    assert report.notes == ("dbias: only the reference has it",)
+
+
+def test_units():
+    class Given(Layer):
+        def __init__(self, y):
+            super().__init__(features=2)
+            self.y = np.float32(y)
+
+        def train(self, x):
+            return self.y
+
+        evaluate = train
+
+    x = np.ones((1, 2), np.float32)
+    # The last place of numbers in [2, 4) is 2^-22.
+    report = compare(Given([[3 + 2**-21, 0]]), Given([[3, 2**-23]]), [x])
+    row = report.rows[2]
+    assert row.ulp == 2
+    assert row.relative == pytest.approx(2**-21 / 3)
+
+
+@pytest.mark.parametrize("convention", ["PYTORCH", "FLAX", "KERAS", "EXERCISE"])
+def test_our_layer_and_the_textbook(rng, convention):
+    options = getattr(jaxbn, convention)
+    textbook = WithGradients(
+        momentum=options["momentum"],
+        epsilon=options["epsilon"],
+        ddof=int(options["batch_variance"] == "unbiased"),
+        running_ddof=int(options["running_variance"] == "unbiased"),
+    )
+    params, state = jaxbn.init((1, FEATURES))
+    params = {"scale": jnp.float32(textbook.scale), "bias": jnp.float32(textbook.bias)}
+    assert_parity(from_batch_norm(params, state, **options), textbook, batches(rng))
+
+
+def test_torch_against_the_conventions(rng):
+    layer = torch.nn.BatchNorm1d(FEATURES)
+    params, state = jaxbn.init((1, FEATURES))
+    data = batches(rng)
+    assert_parity(from_batch_norm(params, state), from_torch(layer), data)
+    report = compare(from_batch_norm(params, state, **jaxbn.KERAS), from_torch(layer), data)
+    assert list(report.diagnosis) == [
+        "momentum 0.99 against 0.9",
+        BIASED,
+        "epsilon 1e-3 against 1e-5",
+    ]
+
+
+def test_assert_parity_fails_with_the_report(rng):
+    data = batches(rng)
+    report = compare(Layer(running_ddof=0), Layer(), data)
+    with pytest.raises(AssertionError) as error:
+        assert_parity(Layer(running_ddof=0), Layer(), data)
+    assert str(error.value) == str(report)
+    assert_parity(Layer(running_ddof=0), Layer(), data, rtol=0.1)
+
+
+def test_text(rng):
+    lines = str(compare(Layer(running_ddof=0), Layer(), batches(rng, steps=1))).splitlines()
+    assert lines[0].startswith("They part at step 1, running var: 0.0")
+    assert lines[0].endswith(" ulp; 1e-05 relative allowed.")
+    assert lines[1] == f"- {BIASED}"
+    assert lines[2] == "(no gradients: neither layer has a step)"
+    assert lines[4].split() == ["relative", "ulp"]
+    assert [line.endswith("beyond") for line in lines[5:]] == [
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert str(compare(Layer(), Layer(), batches(rng))).startswith(
+        "No difference beyond 1e-05, relative.\n"
+    )
+
+
+def test_a_long_text_shows_what_parts(rng):
+    report = compare(Layer(epsilon=1e-3), Layer(), batches(rng, steps=40))
+    lines = str(report).splitlines()
+    assert lines[-1] == f"({len(report.rows) - 60} rows left out)"
+    assert all(line.endswith("beyond") for line in lines[5:-1])
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([], ValueError, "batches is empty: at least one batch is needed."),
+        (
+            [np.ones(3, np.float32)],
+            ValueError,
+            "batches[0] must have shape (N, C), with at least one value; got (3,).",
+        ),
+        (
+            [np.ones((4, 3), np.int32)],
+            TypeError,
+            "batches[0] must be of float32 or float64, got int32; convert it, for instance with "
+            "x.astype(np.float32).",
+        ),
+        (
+            [np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)],
+            ValueError,
+            "batches[1] has 2 features, batches[0] 3; all batches must have as many.",
+        ),
+        (
+            [np.full((4, 3), np.nan, np.float32)],
+            ValueError,
+            "batches[0] holds values that are not finite.",
+        ),
+    ],
+)
+def test_bad_batches(data, error, message):
+    with pytest.raises(error) as info:
+        compare(Layer(features=3), Layer(features=3), data)
+    assert str(info.value) == message
+
+
+def test_a_layer_that_is_none():
+    with pytest.raises(TypeError) as info:
+        compare(Layer(), 3, [])
+    assert str(info.value) == (
+        "reference must have the methods train, evaluate and running; got 3 of type int."
+    )

@@ -1,0 +1,244 @@
+"""The diagnosis of two layers: each fault that is planted is named, and nothing else is."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jaxbn
+from jaxbn.parity import compare, from_batch_norm, from_torch
+from tests.faulty import FEATURES, Layer, N, WithGradients, batches
+
+BIASED = f"running variance differs by n/(n-1) = {N}/{N - 1}: biased against unbiased"
+FAULTS = {
+    "running biased": ({"running_ddof": 0}, [BIASED]),
+    "batch unbiased": (
+        {"ddof": 1},
+        [f"batch variance differs by n/(n-1) = {N}/{N - 1}: unbiased against biased"],
+    ),
+    "two meanings": ({"momentum": 0.1}, ["momentum 0.1 against 0.9: the two meanings"]),
+    "momentum": ({"momentum": 0.99}, ["momentum 0.99 against 0.9"]),
+    "cumulative": ({"momentum": None}, ["momentum: the cumulative average against 0.9"]),
+    "frozen": ({"frozen": True}, ["running statistics do not move (candidate)"]),
+    "epsilon 1e-3": ({"epsilon": 1e-3}, ["epsilon 1e-3 against 1e-5"]),
+    "epsilon 1e-6": ({"epsilon": 1e-6}, ["epsilon 1e-6 against 1e-5"]),
+    "epsilon 2.5e-4": ({"epsilon": 2.5e-4}, ["epsilon 2.5e-4 against 1e-5"]),
+    "scale": ({"scale": 1.1}, ["scale differs: by up to 0.2"]),
+    "bias": ({"bias": 0.25}, ["bias differs: by up to 0.25"]),
+    "start": ({"start": (0.0, 2.0)}, ["initial values differ: running variance"]),
+    "evaluation": (
+        {"batch_in_evaluation": True},
+        ["evaluation normalizes with the batch's statistics (candidate)"],
+    ),
+    "per example": (
+        {"per_example": True},
+        ["statistics of another axis: per example (candidate)"],
+    ),
+    "bfloat16": ({"dtype": jnp.bfloat16}, ["outputs are rounded to bfloat16 (candidate)"]),
+    "float16": ({"dtype": np.float16}, ["outputs are rounded to float16 (candidate)"]),
+    "Keras": (
+        {"momentum": 0.99, "epsilon": 1e-3, "running_ddof": 0},
+        ["momentum 0.99 against 0.9", BIASED, "epsilon 1e-3 against 1e-5"],
+    ),
+    "epsilon and scale": (
+        {"epsilon": 1e-3, "scale": 0.9},
+        ["epsilon 1e-3 against 1e-5", "scale differs: by up to 0.2"],
+    ),
+    "start and momentum": (
+        {"start": (1.0, 1.0), "momentum": 0.99},
+        ["momentum 0.99 against 0.9", "initial values differ: running mean"],
+    ),
+    "bias and evaluation": (
+        {"bias": 0.25, "batch_in_evaluation": True},
+        [
+            "bias differs: by up to 0.25",
+            "evaluation normalizes with the batch's statistics (candidate)",
+        ],
+    ),
+}
+
+
+# The gradients of a normalization per example are not written here.
+@pytest.mark.parametrize(
+    ("fault", "cls"),
+    [*((f, Layer) for f in FAULTS), *((f, WithGradients) for f in FAULTS if f != "per example")],
+)
+def test_each_fault_is_named_and_no_other(rng, fault, cls):
+    options, words = FAULTS[fault]
+    report = compare(cls(**options), cls(), batches(rng))
+    assert not report.ok
+    assert list(report.diagnosis) == words
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_step_tells_as_much(rng, fault):
+    options, words = FAULTS[fault]
+    # After one step the cumulative average is a momentum of zero.
+    words = [w.replace(": the cumulative average", " 0") for w in words]
+    report = compare(Layer(**options), Layer(), batches(rng, steps=1))
+    assert list(report.diagnosis) == words
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 300.0])
+@pytest.mark.parametrize("options", [{}, {"epsilon": 1e-3}, {"momentum": None, "ddof": 1}], ids=str)
+def test_equal_layers_have_no_diagnosis(rng, mean, options):
+    layers = [WithGradients(**options) for _ in range(2)]
+    report = compare(*layers, batches(rng, mean=mean))
+    assert report.ok
+    assert report.parted is None
+    assert report.diagnosis == ()
+    assert max(row.relative for row in report.rows) == 0
+
+
+def test_the_sides_are_told_apart(rng):
+    report = compare(Layer(), Layer(epsilon=1e-3, batch_in_evaluation=True), batches(rng))
+    assert report.diagnosis == (
+        "epsilon 1e-5 against 1e-3",
+        "evaluation normalizes with the batch's statistics (reference)",
+    )
+
+
+@pytest.mark.parametrize("both", [{}, {"epsilon": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    ("constants", "words"),
+    [
+        ("all", "the backward pass treats mean and variance as constants (candidate)"),
+        ("variance", "the backward pass treats the variance as a constant (candidate)"),
+    ],
+)
+def test_gradients(rng, both, constants, words):
+    report = compare(
+        WithGradients(constants=constants, **both), WithGradients(**both), batches(rng)
+    )
+    assert report.diagnosis == (words,)
+    assert (report.parted.stage, report.parted.name) == ("step 1", "dx")
+
+
+@pytest.mark.parametrize("mean", [30, 300, 3000])
+@pytest.mark.parametrize("cls", [Layer, WithGradients])
+def test_cancellation(rng, mean, cls):
+    report = compare(cls(naive_variance=True), cls(), batches(rng, mean=mean))
+    (words,) = report.diagnosis
+    head, far, tail = words.partition("mean ")[0], *words.partition("mean ")[2].split(" ", 1)
+    assert (head, tail) == (
+        "variance lost to cancellation: ",
+        "deviations from zero (candidate)",
+    )
+    assert float(far) == pytest.approx(mean, rel=0.5)
+    other = compare(cls(), cls(naive_variance=True), batches(rng, mean=mean))
+    assert other.diagnosis[0].endswith("(reference)")
+
+
+def test_cancellation_in_one_feature_and_another_epsilon(rng):
+    data = batches(rng)
+    for x in data:
+        x[:, 2] += 300 * x[:, 2].std()
+    report = compare(Layer(naive_variance=True, epsilon=1e-3), Layer(), data)
+    epsilon, cancellation = report.diagnosis
+    assert epsilon == "epsilon 1e-3 against 1e-5"
+    assert cancellation.startswith("variance lost to cancellation: mean 3")
+
+
+@pytest.mark.parametrize("mean", [300, 3000])
+def test_rounding_of_the_mean(rng, mean):
+    """PyTorch multiplies `x` before it subtracts the mean; its variance is sound."""
+    params, state = jaxbn.init((1, FEATURES))
+    data = batches(rng, mean=mean, n=256)
+    layers = from_batch_norm(params, state), from_torch(torch.nn.BatchNorm1d(FEATURES))
+    (words,) = compare(*layers, data).diagnosis
+    assert words.startswith("rounding of the mean: ")
+    assert words.endswith(" deviations from zero")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"epsilon": 1e-3}, ["epsilon 1e-3 against 1e-5"]),
+        ({"scale": -1}, ["scale differs: by up to 4"]),
+    ],
+)
+def test_constant_features_hide_nothing(rng, options, words):
+    data = batches(rng)
+    for x in data:
+        x[:, 1], x[:, 2] = 3.25, 0
+    report = compare(WithGradients(**options), WithGradients(), data)
+    assert list(report.diagnosis) == words
+
+
+def test_the_rounding_of_a_constant_feature(rng):
+    class Rounded(Layer):
+        def statistics(self, x, ddof):
+            mean, var = super().statistics(x, ddof)
+            return mean + np.spacing(np.float32(3.25)) * (x.var(0) == 0), var
+
+    data = batches(rng)
+    for x in data:
+        x[:, 1] = 3.25
+    assert compare(Rounded(), Layer(), data).diagnosis == (
+        "features that are constant: their rounding is divided by sqrt(epsilon)",
+    )
+    report = compare(Rounded(epsilon=1e-3), Layer(), batches(rng))
+    assert report.diagnosis == ("epsilon 1e-3 against 1e-5",)
+
+
+def test_a_scale_of_zero(rng):
+    report = compare(Layer(scale=0), Layer(), batches(rng))
+    assert report.diagnosis == ("the scale is zero (candidate)",)
+
+
+class Transposed(Layer):
+    """Statistics over the features, one per example."""
+
+    def train(self, x):
+        return super().train(x.T).T
+
+    def evaluate(self, x):
+        return super().evaluate(x.T).T
+
+
+def without_parameters(cls, **options):
+    layer = cls(**options)
+    layer.scale, layer.bias = np.ones_like(layer.scale), np.zeros_like(layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [
+        (
+            N,
+            f"statistics of another axis: running statistics have shape ({N},) against (6,)",
+        ),
+        (FEATURES, "running statistics of another axis (candidate)"),
+    ],
+)
+def test_another_axis_shows_in_the_running_statistics(rng, n, words):
+    candidate = without_parameters(Transposed, features=n)
+    report = compare(candidate, without_parameters(Layer), batches(rng, n=n))
+    assert set(report.diagnosis) == {words, "statistics of another axis: per example (candidate)"}
+
+
+class Odd(WithGradients):
+    """Faults that nobody knows."""
+
+    def step(self, x, dy):
+        y, grads = super().step(x, dy)
+        return y, {**grads, "x": grads["x"] * np.sign(x)}
+
+
+def test_what_has_no_known_reason_is_said_to_have_none(rng):
+    report = compare(Odd(), WithGradients(), batches(rng))
+    assert report.diagnosis == ("no known reason: dx",)
+    # Another difference, which has a reason, does not hide it.
+    report = compare(Odd(momentum=0.99), WithGradients(), batches(rng))
+    assert report.diagnosis == ("momentum 0.99 against 0.9", "no known reason: dx")
+
+
+class Cubed(Layer):
+    def normalize(self, x, mean, var):
+        return super().normalize(x, mean, var) ** 3
+
+
+def test_no_known_reason_for_the_output(rng):
+    report = compare(Cubed(), Layer(), batches(rng))
+    assert report.diagnosis == ("no known reason: y, evaluation y",)

@@ -1,0 +1,191 @@
+"""`identify` on layers in NumPy: conventions drawn at random, and layers that follow none."""
+
+import numpy as np
+import pytest
+
+import jaxbn
+from jaxbn.parity import ConventionError, identify
+from tests.numpy_layers import (
+    AddsEpsilonToTheTracked,
+    BiasCorrected,
+    Clamped,
+    EpsilonOutside,
+    EvaluatesWithoutBias,
+    Frozen,
+    HalfTheBatchVariance,
+    InitialVarianceLeftIn,
+    MedianMean,
+    MomentumPerFeature,
+    NegativeVariance,
+    NoEpsilon,
+    Noisy,
+    NormalizesRows,
+    NoScale,
+    NotANumber,
+    NumpyLayer,
+    OneStatisticForAll,
+    OwnEpsilonInEvaluation,
+    OwnMomentumForTheVariance,
+    Relu,
+    RunningStatisticsInTraining,
+    TracksDeviations,
+    Transposed,
+    WarmedUp,
+)
+
+C = 5
+ESTIMATORS = ["biased", "unbiased"]
+
+
+def check(found, *, momentum, epsilon, batch_variance, running_variance):
+    assert (found["batch_variance"], found["running_variance"]) == (
+        batch_variance,
+        running_variance,
+    )
+    if momentum is None:
+        assert found["momentum"] is None
+    else:
+        assert abs(found["momentum"] - momentum) < 1e-3
+    assert abs(found["epsilon"] / epsilon - 1) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_random_convention(seed):
+    rng = np.random.default_rng(seed)
+    # Momenta from 0 to 0.999, most of them near 1; a sixth of the layers cumulative.
+    momentum = None if seed % 6 == 0 else max(0.0, 1 - 10.0 ** rng.uniform(-3, 0.05))
+    convention = {
+        "momentum": momentum,
+        "epsilon": 10.0 ** rng.uniform(-6, -1),
+        "batch_variance": rng.choice(ESTIMATORS),
+        "running_variance": rng.choice(ESTIMATORS),
+    }
+    layer = NumpyLayer(
+        rng,
+        **convention,
+        features=rng.integers(1, 9),
+        dtype=rng.choice([np.float32, np.float64]),
+        count=rng.integers(0, 200),
+    )
+    check(identify(layer, len(layer.mean)), **convention)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.001, 0.9, 0.99, 0.999, None])
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 1e-3, 0.1])
+def test_round_numbers_come_back_as_they_are(momentum, epsilon, rng):
+    found = identify(NumpyLayer(rng, momentum=momentum, epsilon=epsilon), C)
+    assert found == {**jaxbn.PYTORCH, "momentum": momentum, "epsilon": epsilon}
+
+
+def test_the_result_is_splatted_into_batch_norm(rng):
+    convention = {**jaxbn.EXERCISE, "epsilon": 0.01}
+    layer = NumpyLayer(rng, **convention)
+    found = identify(NumpyLayer(rng, **convention), C)
+    x = rng.normal(size=(8, C)).astype(np.float32)
+    params = {"scale": layer.scale, "bias": layer.bias}
+    state = {"mean": layer.mean, "var": layer.var}
+    y, state = jaxbn.batch_norm(params, state, x, True, **found)
+    np.testing.assert_allclose(y, layer.train(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state["var"], layer.var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_trained_layer_far_from_its_start(seed):
+    rng = np.random.default_rng(seed)
+    layer = NumpyLayer(rng, momentum=0.97, epsilon=1e-3, batch_variance="unbiased")
+    layer.mean = (layer.mean + 300).astype(np.float32)
+    layer.var = (layer.var * 1e4).astype(np.float32)
+    assert identify(layer, C) == {**jaxbn.EXERCISE, "momentum": 0.97, "epsilon": 1e-3}
+
+
+@pytest.mark.parametrize("scale", [[0, 0, 1, 0, 0], [1e-3, 1e3, -1, 1, 0], [-0.01] * C])
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_features_of_any_scale(scale, bias, rng):
+    layer = NumpyLayer(rng)
+    layer.scale, layer.bias = np.float32(scale), np.full(C, bias, np.float32)
+    assert identify(layer, C) == jaxbn.PYTORCH
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bias_corrected_averages_are_named(momentum, count, dtype, rng):
+    layer = BiasCorrected(rng, momentum=momentum, count=count, dtype=dtype)
+    with pytest.raises(ConventionError, match="they are bias-corrected: decayed sums") as caught:
+        identify(layer, C)
+    found = caught.value.found
+    assert found.pop("averages") == "bias-corrected"
+    check(found, **{**jaxbn.PYTORCH, "momentum": momentum})
+
+
+def test_a_correction_that_forgets_the_initial_variance_is_named(rng):
+    with pytest.raises(ConventionError, match="adds to the variance's") as caught:
+        identify(InitialVarianceLeftIn(rng, momentum=0.9), C)
+    assert caught.value.found["averages"] == "bias-corrected, with the initial variance left in"
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 1e-3, 0.1])
+@pytest.mark.parametrize("batch_variance", ESTIMATORS)
+def test_epsilon_outside_the_root_is_named(epsilon, batch_variance, rng):
+    layer = EpsilonOutside(rng, epsilon=epsilon, batch_variance=batch_variance)
+    with pytest.raises(ConventionError, match="added to the standard deviation") as caught:
+        identify(layer, C)
+    found = caught.value.found
+    assert found.pop("epsilon_added_to") == "the standard deviation"
+    check(found, **{**jaxbn.PYTORCH, "epsilon": epsilon, "batch_variance": batch_variance})
+
+
+BROKEN = [
+    (Frozen, {}, "running mean", "moves it by 0 of the way"),
+    (NumpyLayer, {"momentum": 1.0}, "running mean", "momentum 1?"),
+    (OwnMomentumForTheVariance, {}, "running variance", "with the mean's momentum"),
+    (MomentumPerFeature, {}, "running mean", "unlike between features"),
+    (WarmedUp, {}, "running mean", "with the weights 1, 0.1, 0.1"),
+    (TracksDeviations, {}, "running variance", "1, 1, 1 is the biased one"),
+    (AddsEpsilonToTheTracked, {}, "running variance", "after a batch that is new"),
+    (MedianMean, {}, "training output", "what the other findings make"),
+    (HalfTheBatchVariance, {}, "batch variance", "divided by 1.5, 1, 1 times"),
+    (Clamped, {}, "epsilon", "fit no value"),
+    (NoEpsilon, {}, "epsilon", "none shows"),
+    (OwnEpsilonInEvaluation, {}, "evaluation", "training's scale, bias and epsilon, 1e-05"),
+    (OwnEpsilonInEvaluation, {"momentum": 0.99}, "evaluation", "epsilon, 1e-05"),
+    (OwnEpsilonInEvaluation, {"momentum": 0.5, "epsilon": 1e-6}, "evaluation", "epsilon, 1e-06"),
+    (EvaluatesWithoutBias, {}, "evaluation", "training's scale, bias"),
+    (Relu, {}, "batch variance", "no linear function"),
+    (Noisy, {}, "batch variance", "no linear function"),
+    (NotANumber, {}, "evaluation", "evaluate(x) is not finite"),
+    (OneStatisticForAll, {}, "evaluation", "the running mean has shape (1,), not (5,)"),
+    (NegativeVariance, {}, "evaluation", "the running variance is negative"),
+    (Transposed, {}, "evaluation", "evaluate(x) has shape (5, 16) where x has (16, 5)"),
+    (NoScale, {}, "batch variance", "no feature has a scale"),
+    (NormalizesRows, {}, "batch variance", "no feature has a scale"),
+    (RunningStatisticsInTraining, {}, "batch variance", "divided by"),
+]
+
+
+@pytest.mark.parametrize(
+    "layer, options, probe, reason", BROKEN, ids=[f"{b[0].__name__}-{b[1]}" for b in BROKEN]
+)
+def test_a_layer_without_convention_is_told_by_the_probe(layer, options, probe, reason, rng):
+    with np.errstate(divide="ignore"), pytest.raises(ConventionError) as caught:
+        identify(layer(rng, **options), C)
+    assert (caught.value.probe, reason in caught.value.reason) == (probe, True), caught.value
+    assert probe in str(caught.value) and caught.value.reason in str(caught.value)
+
+
+def test_the_report_names_what_was_found_before(rng):
+    with pytest.raises(ConventionError) as caught:
+        identify(Clamped(rng), C)
+    assert caught.value.found == {
+        "momentum": 0.9,
+        "running_variance": "unbiased",
+        "batch_variance": "biased",
+    }
+    assert str(caught.value).endswith(
+        "Found besides: momentum=0.9, running_variance='unbiased', batch_variance='biased'."
+    )
+
+
+def test_no_features():
+    with pytest.raises(ValueError, match=r"^num_features is 0; it must be at least 1\.$"):
+        identify(NumpyLayer(np.random.default_rng(0)), 0)

@@ -1,0 +1,142 @@
+"""`python -m jaxbn.parity`: what it prints, in each form."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import jaxbn
+from jaxbn.parity import _oracle, _survey
+from jaxbn.parity.__main__ import main
+from tests import oracle
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(_survey, "N", 64)
+    monkeypatch.setattr(_survey, "C", 3)
+
+
+def printed(capsys, *arguments):
+    main([*arguments, "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+def test_json(capsys):
+    found = json.loads(printed(capsys, "--json", "--frameworks", "torch,haiku,equinox-ema"))
+    conventions = found["conventions"]
+    assert list(conventions) == ["jaxbn", "PyTorch", "Haiku", "Equinox, ema"]
+    for name in ("jaxbn", "PyTorch"):
+        assert conventions[name] == {**jaxbn.PYTORCH, "note": None}
+    assert conventions["Haiku"] == {**jaxbn.FLAX, "note": "averages bias-corrected"}
+    note = conventions["Equinox, ema"].pop("note")
+    assert note.startswith("running mean: successive batches") and not conventions["Equinox, ema"]
+    assert found["errors"]["Equinox, ema"] is None
+    for name in ("jaxbn", "PyTorch", "Haiku"):
+        assert list(found["errors"][name]) == list(_survey.INPUTS)
+        assert max(found["errors"][name]["N(0, 1)"].values()) < 2e-6
+    # A mean of 1e6 is what PyTorch loses digits to, and this library does not.
+    assert max(found["errors"]["jaxbn"]["N(1e6, 1)"].values()) < 2e-6
+    assert min(found["errors"]["PyTorch"]["N(1e6, 1)"].values()) > 1e-4
+    assert (found["missing"], found["dtype"], found["shape"]) == ({}, "float32", [64, 3])
+
+
+def test_float64(capsys):
+    found = json.loads(printed(capsys, "--json", "--frameworks", "torch,linen", "--dtype=float64"))
+    for name, convention in (("jaxbn", jaxbn.PYTORCH), ("flax.linen", jaxbn.FLAX)):
+        assert found["conventions"][name] == {**convention, "note": None}
+        assert max(found["errors"][name]["N(0, 1)"].values()) < 1e-14
+
+
+def test_bfloat16(capsys):
+    found = json.loads(printed(capsys, "--json", "--frameworks", "torch", "--dtype=bfloat16"))
+    for name in ("jaxbn", "PyTorch"):
+        # Half of a bfloat16's last place.
+        assert 1e-5 < found["errors"][name]["N(0, 1)"]["y"] < 2**-8
+
+
+def test_markdown(capsys):
+    text = printed(capsys, "--markdown", "--frameworks", "torch")
+    tables = [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        for block in text.split("\n\n")
+        if block.startswith("|")
+    ]
+    conventions, *errors = tables
+    assert conventions[0] == [
+        *("layer", "momentum", "epsilon"),
+        *("batch_variance", "running_variance", "note"),
+    ]
+    assert conventions[2][:5] == ["jaxbn", "0.9", "1e-05", "biased", "unbiased"]
+    assert conventions[3][:5] == ["PyTorch", "0.9", "1e-05", "biased", "unbiased"]
+    assert len(errors) == 3
+    for table in errors:
+        assert table[0] == ["input", "jaxbn", "PyTorch"]
+        assert [row[0] for row in table[2:]] == list(_survey.INPUTS)
+        for row in table[2:]:
+            assert all(float(cell) >= 0 for cell in row[1:])
+    assert "On cpu: jaxbn " in text
+
+
+def test_terminal_and_picture(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    path = tmp_path / "errors.png"
+    text = printed(capsys, "--frameworks", "", "--png", str(path))
+    assert "momentum   epsilon   batch_variance   running_variance" in text
+    assert "a spike of 1e6" in text
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missing_framework_is_a_remark(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "haiku", None)
+    text = printed(capsys, "--markdown", "--frameworks", "haiku")
+    assert text.endswith("Left out: Haiku (import of haiku halted; None in sys.modules).\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--frameworks", "torch,tf"], "unknown frameworks tf; there are torch, linen, nnx"),
+        (["--json", "--markdown"], "not allowed with argument"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--json", "--device", "abacus"], "no device 'abacus': "),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_what_draws_may_be_missing(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for arguments, package in (([], "rich"), (["--json", "--png", "x.png"], "matplotlib")):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert f"{package} is missing: pip install 'jaxbn[parity]'" in capsys.readouterr().err
+
+
+def test_the_module_runs():
+    run = subprocess.run(
+        [sys.executable, "-m", "jaxbn.parity", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--frameworks" in run.stdout
+
+
+@pytest.mark.parametrize("batch_variance, ddof", [("biased", 0), ("unbiased", 1)])
+def test_the_oracle_is_the_tests_own(batch_variance, ddof, rng):
+    x, dy = rng.normal(size=(2, 16, 4))
+    scale, bias = rng.normal(size=(2, 4))
+    found = _oracle.batch_norm(x, dy, scale, bias, epsilon=0.1, batch_variance=batch_variance)
+    truth = oracle.batch_norm(x, dy, scale, bias, epsilon=0.1, ddof=ddof)
+    for value, wanted in zip(found.values(), truth, strict=False):
+        assert _oracle.error(value, wanted) < 1e-15
+        assert _oracle.error(value * np.float32(1.25), wanted) > 0.2
+
+
+def test_errors_that_are_no_numbers():
+    assert np.isnan(_oracle.error(np.full(2, np.nan), np.ones(2)))
+    assert _oracle.error(np.full(2, 0.5), np.zeros(2)) == 0.5

@@ -1,0 +1,58 @@
+"""The recalibration example: its command, and that recalibration helps where it should."""
+
+import contextlib
+import io
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train_examples.digits.data import digits
+from train_examples.digits.train import ONE_DEVICE
+from train_examples.recalibrate import __main__ as command
+from train_examples.recalibrate import compare
+
+
+@pytest.fixture(scope="module")
+def run():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        cases = command.main(["--epochs", "4"])
+    return {case.name: case for case in cases}, printed.getvalue()
+
+
+def test_recalibration_mends_what_the_running_averages_miss(run):
+    cases, _ = run
+    faint = cases["trained weights, faint images"]
+    assert faint.running.accuracy < 0.5 and faint.recalibrated.accuracy > 0.85
+    averaged = cases["averaged weights"]
+    assert averaged.recalibrated.loss < averaged.running.loss
+    trained = cases["trained weights"]
+    assert min(trained.running.accuracy, trained.recalibrated.accuracy) > 0.95
+
+
+def test_prints_every_score(run):
+    cases, printed = run
+    for case in cases.values():
+        for scores in (case.running, case.recalibrated):
+            assert f"{scores.accuracy:.2%}" in printed and f"{scores.loss:.4f}" in printed
+
+
+def test_averages_the_parameters_after_the_start(monkeypatch):
+    class State:
+        def __init__(self, step):
+            self.step, self.params = step, {"w": jnp.asarray(float(step**2))}
+
+    fake = ONE_DEVICE._replace(step=lambda state, images, labels: (State(state.step + 1), None))
+    monkeypatch.setattr(compare, "ONE_DEVICE", fake)
+    step, state = compare.AveragingStep(start=2), State(0)
+    for _ in range(5):
+        state, _ = step(state, None, None)
+    np.testing.assert_allclose(step.params["w"], (9 + 16 + 25) / 3, rtol=1e-6)
+
+
+def test_pieces_hold_each_image_once():
+    images = digits().test_images
+    pieces = list(compare.pieces(images, 64))
+    assert [len(piece) for piece in pieces] == [64] * 5 + [40]
+    np.testing.assert_array_equal(np.concatenate(pieces), images)

@@ -1,0 +1,1 @@
+"""The trained digits network with its batch norms folded into its convolutions."""

@@ -1,0 +1,1 @@
+"""A ResNet-18 of PyTorch's, converted to Flax, compared, folded and exported."""

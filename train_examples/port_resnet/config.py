@@ -1,0 +1,60 @@
+"""The options of the command, and what is wrong with them."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from train_examples.digits.config import UserError
+
+WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options: the command line's, with its defaults."""
+
+    state_dict: Path | None = None
+    width: int | None = None
+    image_size: int = 64
+    batch_size: int = 8
+    seed: int = 0
+    out: Path = Path("out/port_resnet/resnet18.jax")
+
+    def __post_init__(self) -> None:
+        _check(self.width is None or self.width >= 1, "--width", "at least 1", self.width)
+        _check(self.image_size >= 32, "--image-size", "at least 32", self.image_size)
+        # The last stage of an image of 32 pixels is one pixel. Of two values, a batch norm gives
+        # 1 and -1 whatever they are, and its gradients are mostly what rounding leaves.
+        _check(self.batch_size >= 4, "--batch-size", "at least 4", self.batch_size)
+        _check(0 <= self.seed < 2**32, "--seed", "in [0, 2^32)", self.seed)
+        if self.state_dict is not None and self.width is not None:
+            raise UserError("--width is of random weights: those of --state-dict have their own.")
+        if self.out.is_dir():
+            raise UserError(f"--out {self.out} is a folder; it must be a file, or not exist yet.")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line asks for; exits with a message where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train_examples.port_resnet",
+        description="Converts a ResNet-18 from PyTorch to Flax, compares, folds and exports it.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    file = "weights in torchvision's names, .safetensors, .pt or .pth (default: random ones)"
+    add("--state-dict", type=Path, metavar="FILE", help=file)
+    add("--width", type=int, help=f"channels of the first stage (default: {WIDTH})")
+    add("--image-size", type=int, help=f"pixels (default: {Config.image_size})")
+    add("--batch-size", type=int, help=f"images compared (default: {Config.batch_size})")
+    add("--seed", type=int, help=f"of weights and images (default: {Config.seed})")
+    add("--out", type=Path, metavar="FILE", help=f"the exported network (default: {Config.out})")
+    try:
+        return Config(**vars(parser.parse_args(argv)))
+    except UserError as error:
+        parser.error(str(error))
+
+
+def _check(holds: bool, option: str, wanted: str, got: object) -> None:
+    if not holds:
+        raise UserError(f"{option} must be {wanted}, got {got}.")

@@ -1,0 +1,74 @@
+"""Where the weights come from: a random generator, or a file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+from safetensors.torch import load_file
+
+from train_examples.digits.config import UserError
+from train_examples.port_resnet.torch_model import entries
+
+# A state dict in float64, which holds every narrower value exactly.
+StateDict = Mapping[str, np.ndarray]
+
+
+def lively(width: int, classes: int, seed: int) -> StateDict:
+    """Random weights and statistics, none of which is 0 or 1, as a new network's would be."""
+    rng = np.random.default_rng(seed)
+
+    def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("num_batches_tracked"):
+            return rng.integers(1, 1000, shape)
+        if name.endswith("running_var"):
+            return rng.uniform(0.5, 2, shape)
+        if name.endswith(("running_mean", "bias")):
+            return 0.5 * rng.normal(size=shape)
+        if len(shape) == 1:
+            # One scale in five is negative.
+            return rng.uniform(0.5, 1.5, shape) * rng.choice([1, 1, 1, 1, -1], shape)
+        return rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
+
+    shapes = entries(width, classes)
+    values = {name: np.asarray(value(name, shape)) for name, shape in shapes.items()}
+    # Values that float32 has, so that both precisions compute with the same ones.
+    return as_dtype(as_dtype(values, np.float32), np.float64)
+
+
+def read(path: Path) -> StateDict:
+    """The weights in a file, without running what is in it."""
+    readers = {".safetensors": load_file, ".pt": _load_pickle, ".pth": _load_pickle}
+    if path.suffix not in readers:
+        endings = ", ".join(readers)
+        raise UserError(f"--state-dict {path} must end in one of {endings}, got {path.suffix!r}.")
+    if not path.is_file():
+        raise UserError(f"--state-dict {path} is not a file.")
+    try:
+        tensors = readers[path.suffix](path)
+    # A damaged file can raise nearly anything.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--state-dict {path} is damaged, or no state dict: {reason}") from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(v, torch.Tensor) for v in tensors.values()
+    ):
+        raise UserError(f"--state-dict {path} must hold a dict of tensors, by their names, alone.")
+    # PyTorch before 0.4.1 did not count batches.
+    norms = [name.removesuffix("running_var") for name in tensors if name.endswith("running_var")]
+    counts = {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
+    return {
+        name: (v.double() if v.is_floating_point() else v).numpy(force=True)
+        for name, v in {**counts, **tensors}.items()
+    }
+
+
+def as_dtype(state_dict: StateDict, dtype: DTypeLike) -> StateDict:
+    """The same with values, but not counts, of a dtype."""
+    return {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in state_dict.items()}
+
+
+def _load_pickle(path: Path) -> object:
+    # `weights_only` refuses whatever a pickle could call but what builds tensors.
+    return torch.load(path, map_location="cpu", weights_only=True)
