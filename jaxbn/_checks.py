@@ -31,6 +31,8 @@ def floating_array(name: str, value: ArrayLike) -> jax.Array:
 
 
 def floating_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
+    if isinstance(dtype, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be a floating dtype, got an array of {dtype.dtype}.")
     try:
         result = jnp.dtype(dtype)
     except TypeError:
@@ -165,7 +167,18 @@ def mask(mask: Any, x_shape: tuple[int, ...]) -> jax.Array | None:
 
 
 def axis_index_groups(groups: Sequence[Sequence[int]] | None, axis_name: Hashable | None) -> None:
-    if groups is not None and axis_name is None:
+    if groups is None:
+        return
+    are_groups = isinstance(groups, Sequence) and all(
+        isinstance(group, Sequence) and all(isinstance(i, int | np.integer) for i in group)
+        for group in groups
+    )
+    if not are_groups:
+        raise ValueError(
+            f"axis_index_groups must be a sequence of groups of indices, such as [[0, 1], [2, 3]], "
+            f"got {groups!r}."
+        )
+    if axis_name is None:
         raise ValueError(
             f"axis_index_groups={groups!r} are groups of an axis: axis_name must name it, got None."
         )
@@ -176,6 +189,12 @@ def axis_name(
 ) -> None:
     if axis_name is None:
         return
+    names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
+    if not names or not all(isinstance(n, Hashable) and not isinstance(n, int) for n in names):
+        raise ValueError(
+            f"axis_name must be the name of a mapped axis, a tuple of them, or None, got "
+            f"{axis_name!r}."
+        )
     try:
         size = _devices(axis_name, None)
     except NameError:

@@ -12,6 +12,8 @@ from jaxbn._pooling import Whole, layers_of, part, pooled, tracked, where
 from jaxbn._running import Estimator
 from jaxbn._watch import Model, Network, Seen, as_function
 
+__all__ = ["merge", "recalibrate"]
+
 Tree = TypeVar("Tree")
 
 

@@ -12,6 +12,8 @@ from jaxbn import _checks
 from jaxbn._batch_norm import Params, State
 from jaxbn._moments import statistics_dtype
 
+__all__ = ["fold", "fold_linen"]
+
 Path = str | Sequence[str]
 
 

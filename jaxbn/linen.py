@@ -106,7 +106,7 @@ class BatchNorm(nn.Module):
             _checks.estimator(name, getattr(self, name))
 
         count = self.momentum is None or self.has_variable("batch_stats", "count")
-        _, initial = init(x.shape, self.axis, track_count=count)
+        _, initial = init(features, range(len(features)), track_count=count)
         stats = {
             name: self.variable("batch_stats", name, lambda leaf=leaf: leaf)
             for name, leaf in initial.items()

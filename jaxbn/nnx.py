@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 from jaxbn import _checks
 from jaxbn._batch_norm import Estimator, batch_norm, init
 
+__all__ = ["BatchNorm"]
+
 
 class BatchNorm(nnx.Module):
     """Batch normalization, as `jaxbn.batch_norm` computes it.
@@ -51,6 +53,8 @@ class BatchNorm(nnx.Module):
       axis_index_groups: groups of indices of `axis_name` that share statistics.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".
       running_variance: the estimator that is tracked.
+      virtual_batch_size: normalizes groups of so many examples by statistics of their own, as
+        `jaxbn.batch_norm` says.
 
     Construction further takes `rngs`, the source of the initializers' keys, and the metadata of the
     two parameters, `bias_metadata` and `scale_metadata`, such as names for sharding.
@@ -89,6 +93,7 @@ class BatchNorm(nnx.Module):
         axis_index_groups: Sequence[Sequence[int]] | None = None,
         batch_variance: Estimator = "biased",
         running_variance: Estimator = "unbiased",
+        virtual_batch_size: int | None = None,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -103,6 +108,7 @@ class BatchNorm(nnx.Module):
         _checks.axis_index_groups(axis_index_groups, axis_name)
         _checks.estimator("batch_variance", batch_variance)
         _checks.estimator("running_variance", running_variance)
+        _checks.virtual_batch_size(virtual_batch_size, features, (), use_batch=False)
 
         _, initial = init(
             features,
@@ -138,6 +144,7 @@ class BatchNorm(nnx.Module):
         self.axis_index_groups = _hashable(axis_index_groups)
         self.batch_variance: Estimator = batch_variance
         self.running_variance: Estimator = running_variance
+        self.virtual_batch_size = virtual_batch_size
 
     def __call__(
         self,
@@ -192,6 +199,7 @@ class BatchNorm(nnx.Module):
             running_variance=self.running_variance,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
+            virtual_batch_size=self.virtual_batch_size,
             mask=mask,
             dtype=canonicalize_dtype(x, *params.values(), dtype=self.dtype),
         )

@@ -396,3 +396,28 @@ def test_init(arguments, exception, text):
     with pytest.raises(exception) as caught:
         jaxbn.init(**arguments)
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("groups", [5, [0, 1], [["a"]], "ab"])
+def test_groups_that_are_none(groups):
+    with pytest.raises(ValueError) as caught:
+        jaxbn.batch_norm({}, None, X, True, axis_name="a", axis_index_groups=groups)
+    assert str(caught.value) == (
+        f"axis_index_groups must be a sequence of groups of indices, such as [[0, 1], [2, 3]], got "
+        f"{groups!r}."
+    )
+
+
+@pytest.mark.parametrize("axis_name", [{}, (), 3, True, [[]]])
+def test_names_that_are_none(axis_name):
+    with pytest.raises(ValueError) as caught:
+        jaxbn.batch_norm({}, None, X, True, axis_name=axis_name)
+    assert str(caught.value) == (
+        f"axis_name must be the name of a mapped axis, a tuple of them, or None, got {axis_name!r}."
+    )
+
+
+def test_an_array_is_no_dtype():
+    with pytest.raises(TypeError) as caught:
+        jaxbn.batch_norm({}, None, X, True, dtype=X)
+    assert str(caught.value) == "dtype must be a floating dtype, got an array of float32."

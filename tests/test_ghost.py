@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
 import jaxbn.linen
+import jaxbn.nnx
 
 N, SIZE, C = 24, 4, 3
 
@@ -198,15 +200,21 @@ def test_transforms(rng):
     )
 
 
-def test_the_linen_layer_has_them_too(rng):
+def test_the_layers_have_them_too(rng):
     x = batch(rng)
     layer = jaxbn.linen.BatchNorm(use_running_average=False, virtual_batch_size=SIZE)
     variables = layer.init(jax.random.key(0), x)
-    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
     wanted_y, wanted = jaxbn.batch_norm(
         variables["params"], variables["batch_stats"], x, True, virtual_batch_size=SIZE
     )
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
     assert_close((y, updates["batch_stats"]), (wanted_y, wanted), 0)
+
+    layer = jaxbn.nnx.BatchNorm(C, virtual_batch_size=SIZE, rngs=nnx.Rngs(0))
+    assert_close(layer(x), wanted_y, 0)
+    assert_close((layer.mean[...], layer.var[...]), (wanted["mean"], wanted["var"]), 0)
+    with pytest.raises(ValueError, match="virtual_batch_size must be None or a positive integer"):
+        jaxbn.nnx.BatchNorm(C, virtual_batch_size=0, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("size", [0, -4, 2.0, True, "4"])

@@ -305,3 +305,14 @@ class TestLiftedTransforms:
                 lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, update["batch_stats"]
             )
         np.testing.assert_allclose(y, x, atol=1e-5)
+
+
+def test_export_for_any_batch_size():
+    layer = jaxbn.linen.BatchNorm(use_running_average=True)
+    x = jax.random.normal(jax.random.key(0), (7, 3))
+    variables = layer.init(jax.random.key(1), x)
+    (size,) = jax.export.symbolic_shape("b")
+    exported = jax.export.export(jax.jit(layer.apply))(
+        variables, jax.ShapeDtypeStruct((size, 3), jnp.float32)
+    )
+    np.testing.assert_array_equal(exported.call(variables, x), layer.apply(variables, x))

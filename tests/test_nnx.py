@@ -175,7 +175,7 @@ class TestAgainstFlax:
         here = inspect.signature(jaxbn.nnx.BatchNorm.__init__).parameters
         dropped, added = (
             {"use_fast_variance", "promote_dtype"},
-            {"batch_variance", "running_variance"},
+            {"batch_variance", "running_variance", "virtual_batch_size"},
         )
         assert [k for k in flax if k not in dropped] == [k for k in here if k not in added]
         for name in set(flax) - dropped - {"momentum"}:

@@ -100,7 +100,7 @@ def _digest(state: Any) -> str:
     """A checksum of every bit of the state."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        values = np.asarray(leaf)
+        values = np.asarray(jax.numpy.asarray(leaf))  # a step that is a Python number, too
         sha.update(f"{jax.tree_util.keystr(path)}{values.dtype}{values.shape}".encode())
         sha.update(values.tobytes())
     return sha.hexdigest()
