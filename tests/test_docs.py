@@ -44,10 +44,14 @@ def public(module):
 
 def test_public_names():
     assert jaxbn.__all__ == sorted(jaxbn.__all__)
-    assert set(jaxbn.__all__) == public(jaxbn) == {
-        *("EXERCISE", "FLAX", "KERAS", "PYTORCH"),
-        *("batch_norm", "decay_mask", "init", "keep_finite"),
-    }
+    assert (
+        set(jaxbn.__all__)
+        == public(jaxbn)
+        == {
+            *("EXERCISE", "FLAX", "KERAS", "PYTORCH"),
+            *("batch_norm", "decay_mask", "init", "keep_finite"),
+        }
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +75,10 @@ def test_every_public_name_is_documented(module):
             for section in ("Args:", "Returns:", "Example:"):
                 assert section in text or (section == "Returns:" and "Raises:" in text), name
             for parameter in inspect.signature(value).parameters:
-                assert re.search(rf"^ +\**{parameter}: ", text, re.MULTILINE), (name, parameter)
+                assert re.search(rf"^ +(\w+, )*\**{parameter}(, \w+)*: ", text, re.M), (
+                    name,
+                    parameter,
+                )
 
 
 def test_signatures():
