@@ -78,7 +78,7 @@ CHAINS: dict[str, Callable[..., Any]] = {
 }
 
 
-def training_step(chain: Callable[..., Any]) -> Callable[..., Any]:
+def training_step(chain: Callable[..., Any]) -> Any:
     """`step(weights, states, x) -> (gradients, states)`."""
 
     def loss(weights, states, x):

@@ -10,7 +10,13 @@ from jaxbn._decay_mask import decay_mask as decay_mask
 from jaxbn._keep_finite import keep_finite as keep_finite
 
 __all__ = [
-    *("EXERCISE", "FLAX", "KERAS", "PYTORCH"),
-    *("batch_norm", "decay_mask", "init", "keep_finite"),
+    "EXERCISE",
+    "FLAX",
+    "KERAS",
+    "PYTORCH",
+    "batch_norm",
+    "decay_mask",
+    "init",
+    "keep_finite",
 ]
 __version__ = "0.1.0"

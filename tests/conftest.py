@@ -6,7 +6,8 @@ import pytest
 
 # Read when JAX first looks for devices, so before any test.
 jax.config.update("jax_num_cpu_devices", 8)
-# Read when Keras is first imported.
+# Read when PyTorch and Keras are first imported. Each of pytest's processes has a core to itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 

@@ -1,0 +1,59 @@
+"""The options of the command, and what is wrong with them."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from train_examples.digits.config import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options: the command line's, with its defaults, and the sizes, which are fixed there.
+
+    Attributes:
+      reordered: how many more PyTorch runs there are in float32, which see the examples of each
+        batch in another order.
+    """
+
+    steps: int = 200
+    learning_rate: float = 0.1
+    seed: int = 0
+    out: Path = Path("out/torch_twin")
+    momentum: float = 0.9
+    batch_size: int = 64
+    widths: tuple[int, ...] = (32, 64)
+    reordered: int = 4
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "--steps", "at least 1", self.steps)
+        positive = 0 < self.learning_rate < math.inf
+        _check(positive, "--learning-rate", "positive and finite", self.learning_rate)
+        _check(0 <= self.seed < 2**32, "--seed", "in [0, 2^32)", self.seed)
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file; it must be a folder, or not exist yet.")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line asks for; exits with a message where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train_examples.torch_twin",
+        description="Trains the digits network in PyTorch and in JAX, in lockstep.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=Config.steps, help="of every run")
+    add("--learning-rate", type=float, default=Config.learning_rate, help="constant")
+    add("--seed", type=int, default=Config.seed, help="of weights, batches and their order")
+    add("--out", type=Path, default=Config.out, help="folder for the picture and the numbers")
+    try:
+        return Config(**vars(parser.parse_args(argv)))
+    except UserError as error:
+        parser.error(str(error))
+
+
+def _check(holds: bool, option: str, wanted: str, got: object) -> None:
+    if not holds:
+        raise UserError(f"{option} must be {wanted}, got {got}.")

@@ -1,0 +1,107 @@
+"""One training run in either framework, step by step, under one interface."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from torch.nn import functional
+
+from train_examples.digits import train
+from train_examples.digits.model import ConvNet
+from train_examples.torch_twin import torch_model
+from train_examples.torch_twin.config import Config
+
+Variables = dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """Images, (N, height, width, channels), and labels."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def reordered(self, rng: np.random.Generator) -> "Batch":
+        """The same examples in another order."""
+        order = rng.permutation(len(self.labels))
+        return Batch(self.images[order], self.labels[order])
+
+
+class Run(Protocol):
+    """A network that is being trained by SGD with momentum."""
+
+    def step(self, batch: Batch) -> float:
+        """Trains on a batch; the loss before that."""
+        ...
+
+    def entries(self) -> dict[str, np.ndarray]:
+        """Parameters and running statistics, in PyTorch's names and layout."""
+        ...
+
+
+def initial(config: Config, images: np.ndarray) -> Variables:
+    """What all runs begin with, in float32: the digits example's weights."""
+    model = ConvNet(widths=config.widths)
+    state = train.create_state(model, images, optax.identity(), config.seed)
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+class FlaxRun:
+    """In JAX, by the digits example's own step."""
+
+    def __init__(self, model: ConvNet, config: Config, variables: Variables) -> None:
+        self.state = train.TrainState.create(
+            apply_fn=model.apply,
+            tx=optax.sgd(config.learning_rate, momentum=config.momentum),
+            **jax.tree.map(lambda leaf: jnp.asarray(leaf, model.dtype), variables),
+        )
+
+    def step(self, batch: Batch) -> float:
+        self.state, metrics = train.ONE_DEVICE.step(self.state, *batch)
+        return float(metrics.loss)
+
+    def entries(self) -> dict[str, np.ndarray]:
+        params, batch_stats = jax.device_get((self.state.params, self.state.batch_stats))
+        return torch_model.to_state_dict(params, batch_stats)
+
+
+class TorchRun:
+    """In PyTorch, from the entries of another run.
+
+    With a `reorder`, each batch's examples are put into another order first. Nothing that is
+    computed depends on it, but for rounding.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        start: dict[str, np.ndarray],
+        reorder: np.random.Generator | None = None,
+    ) -> None:
+        tensors = {name: torch.tensor(value) for name, value in start.items()}
+        self.dtype = tensors["Dense_0.weight"].dtype
+        self.model = torch_model.ConvNet(config.widths).to(self.dtype)
+        self.model.load_state_dict(tensors)
+        # Its momentum is Optax's: the gradients' sum with weights 1, momentum, momentum^2...
+        # times the learning rate. `dampening` would make the weights another.
+        self.sgd = torch.optim.SGD(
+            self.model.parameters(), lr=config.learning_rate, momentum=config.momentum
+        )
+        self.reorder = reorder
+
+    def step(self, batch: Batch) -> float:
+        if self.reorder is not None:
+            batch = batch.reordered(self.reorder)
+        images = torch.tensor(batch.images.transpose(0, 3, 1, 2), dtype=self.dtype)
+        labels = torch.tensor(batch.labels, dtype=torch.int64)
+        self.sgd.zero_grad()
+        loss = functional.cross_entropy(self.model.train()(images), labels)
+        loss.backward()
+        self.sgd.step()
+        return loss.item()
+
+    def entries(self) -> dict[str, np.ndarray]:
+        # Copies: the next step writes into the tensors.
+        return {name: v.numpy().copy() for name, v in self.model.state_dict().items()}
