@@ -245,8 +245,8 @@ def more_than_one_value(
     if own * _devices(axis_name, axis_index_groups) == 1:
         among = f" and group of virtual_batch_size={ghosts[1]}" if ghosts else ""
         raise ValueError(
-            f"x of shape {x_shape} has one value per feature (axis {_plain(axes)}){among}, which has "
-            f"no unbiased variance; give more values, or batch_variance='biased' and "
+            f"x of shape {x_shape} has one value per feature (axis {_plain(axes)}){among}, which "
+            f"has no unbiased variance; give more values, or batch_variance='biased' and "
             f"running_variance='biased'."
         )
 
