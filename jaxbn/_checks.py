@@ -20,7 +20,14 @@ def floating_array(name: str, value: ArrayLike) -> jax.Array:
             f"{name} must be an array of a floating dtype, got {value!r} of type "
             f"{type(value).__name__}."
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        is_floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an array of NumPy or JAX, got a {type(value).__module__}."
+            f"{type(value).__name__}."
+        ) from None
+    if not is_floating:
         raise TypeError(
             f"{name} must be of a floating dtype, got {dtype}; convert it, for instance with "
             f"{name}.astype(jnp.float32)."

@@ -22,9 +22,9 @@ def decay_mask(variables: Any) -> Any:
     change of what the network computes (it steers the effective learning rate); a scale cannot.
 
     Args:
-      variables: a tree of parameters, of whatever shapes and dtypes, as `flax.linen` (`params`, or
-        all collections) or `flax.nnx` (`nnx.state(model, nnx.Param)`) nests them: each leaf's name
-        is the last one on its path.
+      variables: a nested tree of parameters, of whatever shapes and dtypes, as `flax.linen`
+        (`params`, or all collections) or `flax.nnx` (`nnx.state(model, nnx.Param)`) nests them:
+        each leaf's name is the last one on its path.
 
     Returns:
       A tree of the same structure with booleans for leaves, True where weights decay.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey
+from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
 # The path of a layer's statistics.
@@ -63,10 +63,16 @@ def layers_of(tree: Any) -> dict[Layer, dict[Any, int]]:
     """For each layer, where its statistics are among the leaves."""
     layers: dict[Layer, dict[Any, int]] = {}
     for place, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
-        # An NNX variable adds an attribute.
-        *layer, name = (key.key for key in path if isinstance(key, DictKey))
-        layers.setdefault(tuple(layer), {})[name] = place
+        # Boxes, such as NNX's variables, hold their array as `value`.
+        path = path[:-1] if path and path[-1] == GetAttrKey("value") else path
+        layer, name = tuple(map(_name, path[:-1])), _name(path[-1]) if path else ""
+        layers.setdefault(layer, {})[name] = place
     return layers
+
+
+def _name(key: Any) -> Any:
+    """Of an entry: a mapping's key, a sequence's index, an attribute's name."""
+    return next(getattr(key, of) for of in ("key", "idx", "name") if hasattr(key, of))
 
 
 def where(layer: Layer) -> str:

@@ -23,8 +23,9 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
     Each batch norm's mean and variance become those that one training step over all batches at
     once, as one batch, would see in it: every layer is fed by the network whose earlier layers
     normalize with the statistics of the whole. So they do not depend on how the data is cut into
-    batches. With :math:`n_i` values, mean :math:`\mu_i` and biased variance :math:`\sigma_i^2` in
-    batch :math:`i`, those of the whole are
+    batches, as long as nothing else in the network is random or looks across examples. With
+    :math:`n_i` values, mean :math:`\mu_i` and biased variance :math:`\sigma_i^2` in batch
+    :math:`i`, those of the whole are
 
     .. math::
 

@@ -22,8 +22,9 @@ __all__ = ["BatchNorm"]
 class BatchNorm(nnx.Module):
     """Batch normalization, as `jaxbn.batch_norm` computes it.
 
-    A drop-in for `flax.nnx.BatchNorm`: the same keywords, the same variables (`scale` and `bias`
-    are `Param`, `mean` and `var` are `BatchStat`), so that its checkpoints load. The defaults of
+    A drop-in for `flax.nnx.BatchNorm`: the same keywords, but for `use_fast_variance` and
+    `promote_dtype`, and the same variables (`scale` and `bias` are `Param`, `mean` and `var` are
+    `BatchStat`), so that its checkpoints load. The defaults of
     `momentum` and `running_variance` are PyTorch's; `BatchNorm(n, **jaxbn.FLAX, rngs=rngs)` has
     Flax's.
 

@@ -498,14 +498,26 @@ def test_merge_of_one_or_no_value(x64):
     assert_close(got, state_of(x, 1), 1e-13)
 
 
-def test_merge_of_linen_and_nnx_states():
+def test_merge_of_trees():
+    """Every layer of a tree, whatever it is made of, is merged as it is alone."""
     x = data()
     _, variables = initialized(Chain, x)
-    layer = jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
-    state = nnx.state(layer, nnx.BatchStat)
-    for tree in (variables["batch_stats"], freeze(variables["batch_stats"]), state):
-        got = merge([tree, tree], [1000, 1000], running_variance="biased")
-        assert_close(got, tree, 1e-6)
+    linen = variables["batch_stats"]
+    state = nnx.state(jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.BatchStat)
+    one, two = ({"mean": jnp.full(3, m), "var": jnp.full(3, m + 1)} for m in (0.0, 4.0))
+    for tree in (linen, freeze(linen), state, [one, two], (one, [two, one]), {"a": [two]}):
+        rng = np.random.default_rng(0)
+        other = jax.tree.map(lambda leaf, rng=rng: leaf + rng.uniform(1, 2, leaf.shape), tree)
+        got = merge([tree, other], [30, 10], running_variance="biased")
+        assert jax.tree.structure(got) == jax.tree.structure(tree)
+        leaves = [jax.tree.leaves(t) for t in (tree, other, got)]
+        for i in range(0, len(leaves[0]), 2):  # mean and var, in the order of their names
+            first, second, merged = (
+                dict(zip(("mean", "var"), t[i : i + 2], strict=True)) for t in leaves
+            )
+            alone = merge([first, second], [30, 10], running_variance="biased")
+            assert_close(merged, alone, 0)
+            assert np.abs(merged["mean"] - first["mean"]).min() > 0.2
 
 
 def test_merge_far_from_zero():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import jaxbn
 import jaxbn.linen
@@ -421,3 +422,9 @@ def test_an_array_is_no_dtype():
     with pytest.raises(TypeError) as caught:
         jaxbn.batch_norm({}, None, X, True, dtype=X)
     assert str(caught.value) == "dtype must be a floating dtype, got an array of float32."
+
+
+def test_a_tensor_of_another_library_is_no_array():
+    with pytest.raises(TypeError) as caught:
+        jaxbn.batch_norm({}, None, torch.zeros(8, 3), True)
+    assert str(caught.value) == "x must be an array of NumPy or JAX, got a torch.Tensor."

@@ -677,6 +677,11 @@ ERRORS = {
         "state_dict holds batch norms that are not whole: missing a.running_var; b.running_var "
         "has shape (4,), want (3,), that of b.running_mean.",
     ),
+    "torch: a model whose norm has lost its statistics": (
+        lambda: convert.batch_norms_from_torch({"a.num_batches_tracked": np.int64(1)}),
+        ValueError,
+        "state_dict holds batch norms that are not whole: missing a.running_mean, a.running_var.",
+    ),
     "to torch: half affine": (
         lambda: convert.to_torch({"bias": ONES}, STATE),
         ValueError,

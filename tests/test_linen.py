@@ -316,3 +316,35 @@ def test_export_for_any_batch_size():
         variables, jax.ShapeDtypeStruct((size, 3), jnp.float32)
     )
     np.testing.assert_array_equal(exported.call(variables, x), layer.apply(variables, x))
+
+
+def test_frozen_while_the_rest_trains():
+    """Running statistics in training: no updates, and the gradients of evaluation."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(3, name="dense")(x)
+            return jaxbn.linen.BatchNorm(use_running_average=True, name="norm")(x)
+
+    x = jax.random.normal(jax.random.key(0), (16, 2))
+    variables = Net().init(jax.random.key(1), x)
+    stats = {"mean": jnp.array([1.0, -1, 0]), "var": jnp.array([2.0, 0.5, 1])}
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": {"norm": stats}}
+        y, updates = Net().apply(variables, x, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(y)), updates["batch_stats"]["norm"]
+
+    def by_hand(params):
+        z = x @ params["dense"]["kernel"] + params["dense"]["bias"]
+        x_hat = (z - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5)
+        return jnp.sum(jnp.sin(params["norm"]["scale"] * x_hat + params["norm"]["bias"]))
+
+    gradients, after = jax.grad(loss, has_aux=True)(variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, after, stats)
+    jax.tree.map(
+        # Sums of 16 terms of order one, each with some roundings.
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        *(gradients, jax.grad(by_hand)(variables["params"])),
+    )

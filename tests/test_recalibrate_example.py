@@ -56,3 +56,9 @@ def test_pieces_hold_each_image_once():
     pieces = list(compare.pieces(images, 64))
     assert [len(piece) for piece in pieces] == [64] * 5 + [40]
     np.testing.assert_array_equal(np.concatenate(pieces), images)
+
+
+def test_what_the_user_can_mend_is_said_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: --batch-size must be at most 1437"):
+        command.main(["--batch-size", "100000"])

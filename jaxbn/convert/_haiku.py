@@ -132,8 +132,8 @@ def to_haiku(
         default the shape that ours have.
 
     Returns:
-      Parameters, with `scale` and `offset` under `name`, or {} where there are none, and state, with
-      "{name}/~/mean_ema" and "{name}/~/var_ema". They merge into a model's with `|`.
+      Parameters, with `scale` and `offset` under `name`, or {} where there are none, and state,
+      with "{name}/~/mean_ema" and "{name}/~/var_ema". They merge into a model's with `|`.
 
     Raises:
       ValueError: entries are missing, extra, ill-sized or not floating (all are listed), `momentum`

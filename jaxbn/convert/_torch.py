@@ -74,7 +74,8 @@ def to_torch(
     The inverse of `from_torch`. `layer.load_state_dict(to_torch(params, state))` takes the result
     as it is: these are NumPy arrays that PyTorch's functions take for tensors. Where a tensor
     itself is wanted, as by `load_state_dict(..., assign=True)`, `torch.from_numpy` makes it (but
-    of bfloat16, which NumPy's and PyTorch's arrays do not share).
+    of bfloat16, which NumPy's and PyTorch's arrays do not share). To write a file, save the
+    `state_dict()` of the model that has loaded them, or use `safetensors.numpy`.
 
     Args:
       params: `scale` and `bias`, or neither; shape (C,), or one that broadcasts, (1, C, 1, 1).
@@ -121,10 +122,10 @@ def batch_norms_from_torch(
 ) -> dict[str, tuple[Params, State | None]]:
     """Our params and state of every batch norm in a model of PyTorch's.
 
-    A batch norm is found by its running statistics. One with `track_running_stats=False` has none,
-    and its entries look like those of any other normalization: it is left out, and `from_torch`
-    converts it by its name. An instance norm with `track_running_stats=True` looks like a
-    batch norm, and is among the results.
+    A batch norm is found by its running statistics, or their number of batches. One with
+    `track_running_stats=False` has none, and its entries look like those of any other
+    normalization: it is left out, and `from_torch` converts it by its name. An instance norm with
+    `track_running_stats=True` looks like a batch norm, and is among the results.
 
     Args:
       state_dict: what `model.state_dict()` returns, or a file's; see `from_torch`.
@@ -150,7 +151,7 @@ def batch_norms_from_torch(
     names = {}
     for key in state_dict:
         layer, _, entry = key.rpartition(".")
-        if entry in _RUNNING:
+        if entry in (*_RUNNING, "num_batches_tracked"):
             names[layer] = None
     found, problems = {}, []
     for name in names:

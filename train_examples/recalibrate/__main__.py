@@ -1,12 +1,13 @@
 """The command: trains, averages, recalibrates, prints a table of the test set."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from train_examples.digits.config import Config, parse
+from train_examples.digits.config import Config, UserError, parse
 from train_examples.recalibrate.compare import Case, compare
 
 
@@ -22,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> list[Case]:
     add("--epochs", type=int, default=Config.epochs, help="passes over the training set")
     add("--batch-size", type=int, default=Config.batch_size, help="images in a batch")
     add("--seed", type=int, default=Config.seed, help="of parameters, data order, augmentation")
-    cases = compare(parse(parser, Config, argv))
+    try:
+        cases = compare(parse(parser, Config, argv))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     Console().print(table(cases))
     return cases
 
