@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
-from jaxbn._ghost import in_groups
+from jaxbn._ghost import in_groups, kept_axes
 from jaxbn._moments import NAME as MOMENTS_NAME
 from jaxbn._moments import Moments, apart, moments, statistics_dtype
 from jaxbn._running import Estimator, State, update, variance
@@ -112,7 +112,8 @@ def batch_norm(
         the features' shape, (C,), or the one that broadcasts against `x`, such as (1, C, 1, 1).
       state: a mapping with `mean`, `var` and, optionally, `count`, of the same shapes (`count` is a
         scalar). None means that none is kept: the batch's own statistics serve in both modes.
-      x: the input, of any floating dtype, with features on `axis`.
+      x: the input, of any floating dtype, with features on `axis`. In float32 a feature may
+        deviate by up to 1e16 from its mean, which its square does not overflow.
       train: whether to use, and to track, the batch's statistics; a Python bool.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
@@ -178,6 +179,7 @@ def batch_norm(
             _checks.more_than_one_value(x.shape, feature_axes, ghosts, *normalized_over)
 
     features = tuple(n if a in feature_axes else 1 for a, n in enumerate(x.shape))
+    kept = feature_axes if ghosts is None else kept_axes(feature_axes, ghosts[0])
     dtype_of_statistics = statistics_dtype(x.dtype)
 
     def feature(leaf: ArrayLike) -> jax.Array:
@@ -191,7 +193,7 @@ def batch_norm(
     ) -> tuple[jax.Array, Moments | None]:
         narrow, x = x, x.astype(dtype_of_statistics)
         if use_batch:
-            reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
+            reduced_axes = tuple(a for a in range(x.ndim) if a not in kept)
             batch = moments(x, narrow, mask, reduced_axes, *normalized_over)
             shift, mean = lax.stop_gradient(batch.shift), batch.mean
             var = variance(batch, batch_variance)

@@ -25,7 +25,8 @@ def keep_finite(old: Tree, new: Tree) -> Tree:
 
     Args:
       old: the state of one layer, or a tree of them, such as the collection `batch_stats` or
-        `nnx.state(model, nnx.BatchStat)`, before a training step; None goes through.
+        `nnx.state(model, nnx.BatchStat)`, before a training step; None goes through. A layer is
+        what lies in one innermost mapping or sequence.
       new: the same after it.
 
     Returns:
@@ -39,8 +40,8 @@ def keep_finite(old: Tree, new: Tree) -> Tree:
       >>> params, state = jaxbn.init((4, 2))
       >>> x = jnp.array([[1.0, 2], [3, 4], [5, 6], [jnp.inf, 8]])
       >>> y, new = jaxbn.batch_norm(params, state, x, train=True)
-      >>> print(new["mean"], jaxbn.keep_finite(state, new)["mean"])
-      [inf 0.5] [0. 0.]
+      >>> print(jnp.isfinite(new["mean"]), jaxbn.keep_finite(state, new)["mean"])
+      [False  True] [0. 0.]
     """
     after, structure = jax.tree_util.tree_flatten_with_path(new)
     before, old_structure = jax.tree.flatten(old)

@@ -49,7 +49,9 @@ def apart(x: jax.Array, narrow: jax.Array, *others: jax.Array) -> tuple[jax.Arra
 @apart.defjvp
 def _apart_jvp(primals, tangents):
     dx, _, *others = tangents
-    return apart(*primals), (dx, *others)
+    own = apart(*primals)
+    # A barrier gives all that passes it the mapped axes of each, which tangents must have too.
+    return own, tuple(d + jnp.zeros_like(v) for d, v in zip((dx, *others), own, strict=True))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))

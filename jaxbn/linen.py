@@ -104,6 +104,7 @@ class BatchNorm(nn.Module):
 
         for name in ("batch_variance", "running_variance"):
             _checks.estimator(name, getattr(self, name))
+        _checks.virtual_batch_size(self.virtual_batch_size, x.shape, feature_axes, use_batch=False)
 
         count = self.momentum is None or self.has_variable("batch_stats", "count")
         _, initial = init(features, range(len(features)), track_count=count)

@@ -282,3 +282,13 @@ def test_frameworks_are_imported_only_when_used():
     code = f"import sys, jaxbn.parity; print([m for m in {frameworks} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_too_coarse_to_identify(dtype):
+    import torch
+
+    layer = torch.nn.BatchNorm1d(4).to(getattr(torch, dtype))
+    words = f"it computes in .*{dtype}.*, too coarse to tell; "
+    with pytest.raises(parity.ConventionError, match=words):
+        parity.identify(parity.from_torch(layer), 4)

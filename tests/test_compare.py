@@ -180,3 +180,44 @@ def test_a_layer_that_is_none():
     assert str(info.value) == (
         "reference must have the methods train, evaluate and running; got 3 of type int."
     )
+
+
+@pytest.mark.parametrize("spoilt", ["dx", "running mean", "running var", "evaluation y"])
+def test_no_feature_hides_another(spoilt):
+    """A fault in one feature alone, beside features whose numbers are a million times larger."""
+
+    class Spoilt:
+        def __init__(self):
+            self.layer = from_batch_norm(*jaxbn.init((1, 3)))
+            self.train = self.layer.train
+
+        def of(self, name, value):
+            """The smallest feature of what is spoilt, ten percent off."""
+            if name != spoilt:
+                return value
+            smallest = np.abs(value).max(0).argmin() if value.ndim > 1 else np.abs(value).argmin()
+            factor = np.ones(3, np.float32)
+            factor[smallest] = 1.1
+            return value * factor
+
+        def evaluate(self, x):
+            return self.of("evaluation y", self.layer.evaluate(x))
+
+        def running(self):
+            mean, var = self.layer.running()
+            return self.of("running mean", mean), self.of("running var", var)
+
+        def step(self, x, dy):
+            y, gradients = self.layer.step(x, dy)
+            return y, {**gradients, "x": self.of("dx", gradients["x"])}
+
+    deviations = np.array([1e-3, 1, 1e3], np.float32)
+    x = np.random.default_rng(0).normal(2, 1, (32, 3)).astype(np.float32) * deviations
+    constant = np.full((32, 1), 3.3, np.float32)
+    torch_layer = from_torch(torch.nn.BatchNorm1d(3))
+    # Of deviations down to epsilon, two implementations agree, a constant feature among them.
+    usual = np.concatenate([x[:, 1:] / 10, constant], 1)
+    same = compare(torch_layer, from_batch_norm(*jaxbn.init((1, 3))), [usual], rtol=1e-3)
+    assert same.ok, str(same)
+    report = compare(Spoilt(), from_batch_norm(*jaxbn.init((1, 3))), [x])
+    assert any(row.name == spoilt and row.relative > 1e-3 for row in report.rows), str(report)

@@ -320,3 +320,32 @@ def test_evaluation_needs_no_axis_name():
     x = jnp.ones((4, 3))
     params, state = jaxbn.init(x.shape)
     jaxbn.batch_norm(params, state, x, False, axis_name="data")
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])
+def test_second_derivatives_across_devices(rng, check, order):
+    params, _ = jaxbn.init((16, 3), param_dtype=jnp.float64)
+    x, dx = (jnp.asarray(3 + 2 * rng.normal(size=(16, 3))) for _ in range(2))
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def one(x):
+        return jaxbn.batch_norm(params, None, x, True)[0]
+
+    across = jax.shard_map(
+        lambda x: jaxbn.batch_norm(params, None, x, True, axis_name="data")[0],
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+        check_vma=check,
+    )
+
+    def second(layer):
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(layer(x)) * dx))
+        if order == "forward over reverse":
+            return jax.jit(lambda x: jax.jvp(gradient, (x,), (dx,))[1])(x)
+        return jax.jit(jax.grad(lambda x: jnp.sum(gradient(x) * dx)))(x)
+
+    # Float64 sums of 16 values of order one in another order.
+    np.testing.assert_allclose(second(across), second(one), rtol=1e-11, atol=1e-11)

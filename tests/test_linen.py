@@ -123,7 +123,7 @@ class TestAgainstFlax:
         here = inspect.signature(ours).parameters
         dropped = {"use_fast_variance", "force_float32_reductions"}
         assert [k for k in flax if k not in dropped] == [
-            k for k in here if k not in {"batch_variance", "running_variance"}
+            k for k in here if k not in {"batch_variance", "running_variance", "virtual_batch_size"}
         ]
         for name in set(flax) - dropped - {"momentum"}:
             assert here[name].default == flax[name].default, name

@@ -72,7 +72,7 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(whole, tmp_path):
                 not folder.is_dir() or sorted(folder.iterdir()) == written
             ):
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)
         _, errors = process.communicate(timeout=300)
         if process.returncode == 0:

@@ -1,6 +1,6 @@
 """Two layers, the same batches: how far they part, and why."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from jaxbn.parity._diagnose import diagnose
 from jaxbn.parity._fit import values
 from jaxbn.parity._layer import DifferentiableLayer, Layer
 from jaxbn.parity._report import Report, Row, measure
-from jaxbn.parity._trace import Trace, checked, record
+from jaxbn.parity._trace import Batch, Step, Trace, checked, record
 
 
 def compare(
@@ -68,7 +68,7 @@ def compare(
         who = f"the {without[0]} has no" if len(without) == 1 else "neither layer has a"
         notes.append(f"no gradients: {who} step")
     ours, theirs = (record(layer, checked_batches, not without) for layer in (candidate, reference))
-    rows, notes_on_rows = _rows(ours, theirs)
+    rows, notes_on_rows = _rows(ours, theirs, checked_batches)
     diagnosis = diagnose(ours, theirs, checked_batches, rows, rtol)
     return Report(tuple(rows), rtol, diagnosis, (*notes, *notes_on_rows))
 
@@ -99,19 +99,39 @@ def assert_parity(
     compare(candidate, reference, batches, rtol=rtol).raise_if_parted()
 
 
-def _rows(ours: Trace, theirs: Trace) -> tuple[list[Row], list[str]]:
+def _rows(ours: Trace, theirs: Trace, batches: Sequence[Batch]) -> tuple[list[Row], list[str]]:
     rows = [
         measure("start", "running mean", ours.mean, theirs.mean),
         measure("start", "running var", ours.var, theirs.var),
     ]
     notes = {}
     for i, (a, b) in enumerate(zip(ours.steps, theirs.steps, strict=True)):
-        left, right = values(a), values(b)
+        left, right, units = values(a), values(b), _units(b, batches[i])
         rows += [
-            measure(f"step {i + 1}", name, left[name], right[name])
+            measure(f"step {i + 1}", name, left[name], right[name], units.get(name))
             for name in left
             if name in right
         ]
         for who, has, lacks in (("candidate", left, right), ("reference", right, left)):
             notes |= {f"{name}: only the {who} has it": None for name in has if name not in lacks}
     return rows, list(notes)
+
+
+def _units(step: Step, batch: Batch) -> dict[str, np.ndarray]:
+    """What errors are relative to, per feature, of the quantities that features scale."""
+    features = batch.mean.shape
+    if any(v.shape != features for v in (step.mean, step.var)) or step.y.shape != batch.x.shape:
+        return {}
+    spread = np.ptp(batch.x.astype(np.float64), 0)
+    units = {
+        "y": np.abs(step.y).max(0),
+        "running mean": np.maximum(np.abs(step.mean), spread),
+        "running var": np.abs(step.var),
+        "evaluation y": np.abs(step.evaluation).max(0),
+    }
+    # A gradient is a difference of terms of this size.
+    slope = np.zeros(features)
+    np.divide(np.ptp(step.y.astype(np.float64), 0), spread, out=slope, where=spread > 0)
+    units["dx"] = slope * np.abs(batch.dy).max(0)
+    # What is left of a constant feature is rounding, which has no magnitude of its own.
+    return {name: np.where(spread > 0, unit, 0) for name, unit in units.items()}

@@ -41,7 +41,9 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
       be splatted: `batch_norm(..., **identify(layer, 16))`. The numbers are the shortest decimals
       that cannot be told from the measured ones. An epsilon of evaluation's own is noticed as
       far as it shows beside the running variances that come up: at the usual initial variance of 1
-      where it differs by more than 1e-4 and 5 %, and finer where momentum is below 0.9.
+      where it differs by more than 1e-4 and 5 %, and finer where momentum is below 0.9. What sets
+      in after more steps than these, as an average that is cumulative at first and has a momentum
+      then, or on values beyond the batches', cannot be seen; nor can a momentum above 0.9998.
 
     Raises:
       ConventionError: the layer follows none of `batch_norm`'s conventions. The text, and its

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.parity._layer import Layer
@@ -11,6 +12,7 @@ from jaxbn.parity._layer import Layer
 SIZES = (2, 3, 16)  # n / (n - 1) is 2, 1.5 and 1.07: the estimators are far apart
 _TINY = 1e-6  # a deviation that shrinks the running variance without being zero
 _TRACKING_STEPS, _SHRINKING_STEPS = 8, 64
+_MANY = 5  # different numbers that fit into half precision: of float32, hardly one does
 
 
 class ConventionError(ValueError):
@@ -73,8 +75,15 @@ class Box:
         self.layer, self.num_features = layer, num_features
         self.probe, self.steps = "", 0
         self.found: dict[str, Any] = {}
+        # The narrow dtypes that all outputs so far fit into.
+        self.narrow = {jnp.bfloat16, jnp.float16}
+        self.outputs: set[float] = set()
 
     def fail(self, reason: str) -> NoReturn:
+        if self.narrow and len(self.outputs) >= _MANY:
+            names = " or ".join(sorted(np.dtype(dtype).name for dtype in self.narrow))
+            reason = f"it computes in {names}, too coarse to tell; probe a copy of it in float32"
+            self.found = {}
         raise ConventionError(self.probe, reason, self.found)
 
     def train(self, x: np.ndarray) -> np.ndarray:
@@ -101,6 +110,9 @@ class Box:
             self.fail(f"{name}(x) has shape {y.shape} where x has {x.shape}")
         if not np.isfinite(y).all():
             self.fail(f"{name}(x) is not finite on values between {x.min():.3g} and {x.max():.3g}")
+        with np.errstate(over="ignore"):
+            self.narrow = {t for t in self.narrow if np.array_equal(y.astype(t).astype(float), y)}
+        self.outputs |= set(y.flat) if self.narrow else set()
         return y
 
 

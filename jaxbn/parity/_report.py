@@ -17,11 +17,12 @@ class Row(NamedTuple):
     Attributes:
       stage: where it was taken: "step 2" of two layers, "training forward" of two networks.
       name: what was compared: "running var", or the name of an intermediate.
-      relative: the largest difference over the largest magnitude of the reference. Infinite where
-        shapes differ or values are not finite.
-      ulp: the largest difference in units in the last place, in the reference's dtype, of its
-        largest magnitude: a value near zero, which is often a difference of larger ones, counts
-        for no more than they do.
+      relative: the largest difference over the largest magnitude of the reference: of two layers,
+        that of the feature, so that none hides another, and of their parameters' gradients and of
+        networks, that of the whole array. Infinite where shapes differ or values are not finite.
+      ulp: the largest difference in units in the last place, in the reference's dtype, of the same
+        magnitude: a value near zero, which is often a difference of larger ones, counts for no more
+        than they do.
       note: why it could not be measured.
     """
 
@@ -115,8 +116,18 @@ class Report:
         return table if left_out == 0 else [*table, f"({left_out} rows left out)"]
 
 
-def measure(stage: str, name: str, candidate: np.ndarray, reference: np.ndarray) -> Row:
-    """The row of one quantity."""
+def measure(
+    stage: str,
+    name: str,
+    candidate: np.ndarray,
+    reference: np.ndarray,
+    unit: np.ndarray | None = None,
+) -> Row:
+    """The row of one quantity.
+
+    Errors are relative to the `unit`, which broadcasts against it. By default, and where that is
+    zero, it is the reference's largest magnitude; and one, where that is zero too.
+    """
     candidate, reference = np.asarray(candidate), np.asarray(reference)
     if candidate.shape != reference.shape:
         note = f"shape {candidate.shape} against {reference.shape}"
@@ -126,11 +137,11 @@ def measure(stage: str, name: str, candidate: np.ndarray, reference: np.ndarray)
     broken = [who for who, v in (("candidate", a), ("reference", b)) if not np.all(np.isfinite(v))]
     if broken:
         return Row(stage, name, math.inf, math.inf, f"not finite: {' and '.join(broken)}")
-    difference = float(np.abs(a - b).max(initial=0))
-    # Where the reference is zero throughout, the error is absolute.
     largest = float(np.abs(b).max(initial=0)) or 1.0
-    last_place = last_place_of_one(dtype) * 2.0 ** math.floor(math.log2(largest))
-    return Row(stage, name, difference / largest, difference / last_place)
+    unit = np.full(1, largest) if unit is None else np.where(unit > 0, unit, largest)
+    last_place = last_place_of_one(dtype) * 2.0 ** np.floor(np.log2(unit))
+    relative, ulp = (float((np.abs(a - b) / one).max(initial=0)) for one in (unit, last_place))
+    return Row(stage, name, relative, ulp)
 
 
 def last_place_of_one(dtype: np.dtype) -> float:

@@ -94,10 +94,13 @@ class TorchLayer:
             tensor = tensor.to(kept.dtype)
         return tensor.to(kept.device).reshape(*x.shape, *self.ones)
 
-    def _array(self, tensor: Any) -> np.ndarray:
+    def _numpy(self, tensor: Any) -> np.ndarray:
         if tensor.dtype == self.torch.bfloat16:
             tensor = tensor.float()
-        return tensor.detach().cpu().numpy().reshape(tensor.shape[:2])
+        return tensor.detach().cpu().numpy()
+
+    def _array(self, tensor: Any) -> np.ndarray:
+        return self._numpy(tensor).reshape(tensor.shape[:2])
 
     def train(self, x: np.ndarray) -> np.ndarray:
         with self.torch.no_grad():
@@ -110,7 +113,7 @@ class TorchLayer:
     def running(self) -> tuple[np.ndarray, np.ndarray]:
         # Copies: the layer updates its own in place, and NumPy would look on.
         mean, var = self.layer.running_mean, self.layer.running_var
-        return mean.cpu().numpy().copy(), var.cpu().numpy().copy()
+        return self._numpy(mean).copy(), self._numpy(var).copy()
 
     def step(self, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         leaves = {"x": self._tensor(x), "scale": self.layer.weight, "bias": self.layer.bias}
