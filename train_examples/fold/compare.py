@@ -12,7 +12,7 @@ from benchmarks.timing import turn_by_turn
 from jaxbn.inference import fold_linen
 from train_examples.digits import data
 from train_examples.digits.config import Config
-from train_examples.digits.model import ConvNet
+from train_examples.digits.model import ConvNet, no_norm
 from train_examples.digits.train import network, train
 
 Tree = Any
@@ -73,11 +73,7 @@ def folded(model: ConvNet, variables: Tree, epsilon: float = 1e-5) -> tuple[Conv
     """The network without batch norms, and the variables with which it does the same."""
     pairs = {name.replace("BatchNorm", "Conv"): name for name in variables["batch_stats"]}
     variables = fold_linen(variables, pairs, epsilon=epsilon)
-    return model.clone(norm=_no_norm, use_bias=True), variables
-
-
-def _no_norm(**_: Any) -> Callable[..., jax.Array]:
-    return lambda x, mask=None: x
+    return model.clone(norm=no_norm, use_bias=True), variables
 
 
 def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from train_examples.digits import data
 from train_examples.digits.data import Dataset
-from train_examples.digits.model import ConvNet
+from train_examples.digits.model import ConvNet, no_norm
 from train_examples.digits.train import TrainState, train_step
 
 Tree = Any
@@ -65,11 +65,6 @@ class Score(NamedTuple):
 
     loss: float
     accuracy: float
-
-
-def no_norm(**_: Any) -> Callable[..., jax.Array]:
-    """In the place of a normalization: nothing."""
-    return lambda x, mask=None: x
 
 
 def plain(widths: Sequence[int]) -> ConvNet:
