@@ -1,5 +1,6 @@
 """Folding: the layer alone does what the layer and the batch norm did, for every kind of layer."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -403,6 +404,47 @@ class TestFoldErrors:
                 "the 8 features on axis 3 of the kernel, which has the shape (3, 3, 4, 8); got "
                 "(8, 8). If axis is another one, pass it.",
             ),
+            (
+                {0: nn.Partitioned(jnp.ones((IN, OUT)), (None, "model"))},
+                {},
+                TypeError,
+                "kernel must be an array, got a box of Flax's, Partitioned: pass "
+                "flax.linen.meta.unbox(kernel), or fold the model's variables with fold_linen.",
+            ),
+            (
+                {1: jnp.ones((IN, 3, OUT))},
+                {},
+                ValueError,
+                "bias must have the shape (8,), or one that broadcasts like (1, 8), for the 8 "
+                "features on axis 3 of the kernel, which has the shape (3, 3, 4, 8); got "
+                "(4, 3, 8). If axis is another one, pass it.",
+            ),
+            *(
+                (
+                    {3: {"mean": jnp.ones(OUT), "var": var}},
+                    {},
+                    ValueError,
+                    "state['var'] must hold variances, none of them negative or NaN, got "
+                    f"{text} for feature 2. Where rounding made it negative, clip it: "
+                    "jnp.maximum(state['var'], 0).",
+                )
+                for var, text in (
+                    (jnp.ones(OUT).at[2].set(-1e-9), "-1e-09"),
+                    (np.array([1, 1, -3.5] + [1] * 5)[None], "-3.5"),
+                    (jnp.ones((1, OUT), jnp.bfloat16).at[0, 2].set(jnp.nan), "nan"),
+                )
+            ),
+            *(
+                (
+                    {3: {"mean": jnp.ones(OUT), "var": np.ones(OUT) - np.eye(OUT)[3]}},
+                    {"epsilon": epsilon},
+                    ValueError,
+                    f"state['var'] must be positive where epsilon={epsilon!r}, got 0 for feature "
+                    "3, which would be divided by zero. Pass the epsilon of the batch norm.",
+                )
+                # The second is no normal number of float32.
+                for epsilon in (0.0, 1e-40)
+            ),
         ],
     )
     def test_message(self, changes, options, error, message):
@@ -410,6 +452,27 @@ class TestFoldErrors:
         with pytest.raises(error) as raised:
             fold(*arguments, **options)
         assert str(raised.value) == message
+
+
+def test_a_variance_of_zero_has_an_epsilon(x64):
+    """Zero is a variance, and float64 has an epsilon that float32 has not."""
+    params, state = lively_norm("float64")
+    assert state["var"][2] == 0
+    _, bias = fold(jnp.ones((IN, OUT)), None, params, state, epsilon=1e-40)
+    expected = params["bias"][2] - 1e20 * params["scale"][2] * state["mean"][2]
+    np.testing.assert_allclose(bias[2], expected, rtol=1e-12)
+
+
+def test_traced_variances_are_not_looked_at():
+    def slope(var, epsilon):
+        state = {"mean": jnp.zeros(OUT), "var": var}
+        return fold(jnp.ones((IN, OUT)), None, {}, state, epsilon=epsilon)[0][0]
+
+    values = jnp.ones(OUT).at[2].set(-1)
+    assert list(np.isnan(jax.jit(slope)(values, 0.0))) == [k == 2 for k in range(OUT)]
+    # Of two arguments, the traced one alone is not known.
+    with pytest.raises(ValueError, match="negative or NaN, got -1 for feature 2"):
+        jax.jit(partial(slope, values))(1e-5)
 
 
 class Block(nn.Module):
@@ -441,6 +504,31 @@ class Network(nn.Module):
             )(x)
         return x
 
+
+class Then(nn.Module):
+    """A layer under the name that Flax gives it, then a norm."""
+
+    layer: Callable[[], nn.Module]
+    norm: nn.Module | None
+
+    @nn.compact
+    def __call__(self, x):
+        y = self.layer()(x)
+        return y if self.norm is None else self.norm(y)
+
+
+# The layer, the shape of its input, and whether the kernel tells the shape of the bias.
+MANY_BIASES = {
+    "ConvLocal": (partial(partial, nn.ConvLocal, OUT, (3, 2)), (2, 4, 4, IN), True),
+    "DenseGeneral": (partial(partial, nn.DenseGeneral, (3, OUT)), (2, IN), False),
+    "DenseGeneral, batched": (
+        partial(partial, nn.DenseGeneral, (3, OUT), batch_dims=0),
+        (2, IN),
+        False,
+    ),
+    "DenseGeneral, one bias": (partial(partial, nn.DenseGeneral, OUT, (1, 2)), (2, 3, IN), False),
+    "Einsum": (partial(partial, nn.Einsum, (IN, 3, OUT), "ni,ijk->njk"), (2, IN), False),
+}
 
 PAIRS = {"Block_0/Conv_0": "Block_0/BatchNorm_0", "Dense_0": "plain"}
 
@@ -546,6 +634,81 @@ class TestFoldLinen:
         stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), variables)
         got = jax.jit(jax.vmap(lambda v: fold_linen(v, PAIRS)))(stacked)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-12), got, expected)
+
+    @pytest.mark.parametrize("use_bias", [True, False])
+    def test_boxes_stay(self, x64, rng, use_bias):
+        """A box tells how an array lies on a mesh, which folding does not change."""
+        ones = nn.initializers.ones
+        dense = partial(
+            nn.Dense,
+            OUT,
+            kernel_init=nn.with_partitioning(ones, (None, "model")),
+            bias_init=nn.with_logical_partitioning(ones, ("embed",)),
+        )
+        norm = jaxbn.linen.BatchNorm(
+            True, name="norm", scale_init=nn.with_partitioning(ones, ("model",))
+        )
+        x = jnp.asarray(rng.normal(size=(5, IN)))
+        model = Then(partial(dense, use_bias=use_bias), norm)
+        variables = model.init(jax.random.key(0), x)
+        variables = jax.tree.map(lambda v: jnp.asarray(rng.uniform(1, 2, v.shape)), variables)
+        before = jax.tree.map(np.array, variables)
+        folded = fold_linen(variables, {"Dense_0": "norm"})
+        assert_same(variables, before)
+
+        got = folded["params"]["Dense_0"]
+        assert_same(
+            nn.meta.unbox(folded), fold_linen(nn.meta.unbox(variables), {"Dense_0": "norm"})
+        )
+        assert type(got["kernel"]) is nn.Partitioned and got["kernel"].names == (None, "model")
+        if use_bias:
+            assert type(got["bias"]) is nn.LogicallyPartitioned and got["bias"].names == ("embed",)
+        else:
+            assert isinstance(got["bias"], jax.Array)
+        expected = model.apply(variables, x)
+        np.testing.assert_allclose(
+            Then(dense, None).apply(folded, x),
+            expected,
+            rtol=0,
+            atol=NETWORK_TOLERANCE * np.abs(expected).max(),
+        )
+
+    @pytest.mark.parametrize("use_bias", [True, False])
+    @pytest.mark.parametrize("name", MANY_BIASES)
+    def test_biases_of_more_axes(self, x64, rng, name, use_bias):
+        """Each feature has several biases, with one mean, variance, scale and bias of the norm."""
+        make, shape, is_known = MANY_BIASES[name]
+
+        def model(norm, use_bias):
+            last = jaxbn.linen.BatchNorm(True, epsilon=EPSILON, name="norm")
+            return Then(make(use_bias=use_bias), last if norm else None)
+
+        x = jnp.asarray(rng.normal(size=shape))
+        variables = model(True, use_bias).init(jax.random.key(0), x)
+        variables = jax.tree.map(lambda v: jnp.asarray(rng.uniform(1, 2, v.shape)), variables)
+        (layer,) = variables["params"].keys() - {"norm"}
+        pairs = {layer: "norm"}
+        wanted = shapes(model(False, True), x)["params"]
+        given = variables
+        if not use_bias and not is_known:
+            with pytest.raises(ValueError) as raised:
+                fold_linen(variables, pairs, epsilon=EPSILON)
+            assert str(raised.value) == (
+                f"{layer} and norm cannot be folded: the layer has no bias, and its kernel of "
+                f"shape {wanted[layer]['kernel'].shape} does not tell the shape that its bias "
+                "would have. Put a bias of zeros into its params, of the shape that the layer has "
+                "with use_bias=True, and fold that."
+            )
+            bias = jnp.zeros(wanted[layer]["bias"].shape)
+            entries = variables["params"][layer] | {"bias": bias}
+            given = variables | {"params": variables["params"] | {layer: entries}}
+        folded = fold_linen(given, pairs, epsilon=EPSILON)
+        assert jax.tree.map(jnp.shape, folded["params"]) == jax.tree.map(jnp.shape, wanted)
+        expected = model(True, use_bias).apply(variables, x)
+        got = model(False, True).apply(folded, x)
+        np.testing.assert_allclose(
+            got, expected, rtol=0, atol=NETWORK_TOLERANCE * np.abs(expected).max()
+        )
 
     def test_axis(self):
         params, state = lively_norm("float32")
