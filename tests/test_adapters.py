@@ -213,6 +213,26 @@ def test_the_layer_itself_stays_as_it_is():
     assert not np.asarray(third.moving_mean).any()
 
 
+@pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]]])
+@pytest.mark.parametrize("package", ["flax", "jaxbn"])
+def test_axis_names_are_left_out(package, groups):
+    """Whose axis nothing binds here: a layer that is made for several devices runs on one."""
+    import flax.linen
+    from flax import nnx
+
+    options = {"axis_name": "data", "axis_index_groups": groups, "momentum": 0.5}
+    modules = {"flax": (flax.linen, nnx), "jaxbn": (jaxbn.linen, jaxbn.nnx)}[package]
+    layers = [kind.BatchNorm for kind in modules]
+    expected = convention(0.5, 1e-5, "biased", "biased")
+    biased = {"running_variance": "biased"} if package == "jaxbn" else {}
+    of_linen = linen(layers[0](use_running_average=False, **options, **biased))
+    assert parity.identify(of_linen, C) == expected
+
+    layer = layers[1](C, rngs=nnx.Rngs(0), **options, **biased)
+    assert parity.identify(parity.from_nnx(layer), C) == expected
+    assert layer.axis_name == "data"
+
+
 def test_a_trained_layer_goes_on_from_where_it_is():
     import torch
 
@@ -237,9 +257,16 @@ def test_what_cannot_be_adapted(monkeypatch):
     import equinox as eqx
     import haiku as hk
     import keras
+    import torch
 
     with error("the layer keeps no running statistics; there is nothing to identify."):
         torch_layer("BatchNorm1d", track_running_stats=False)
+    with pytest.raises(TypeError) as raised:
+        parity.from_torch(torch.nn.LayerNorm(C))
+    assert str(raised.value) == (
+        "the layer must be a torch.nn.BatchNorm1d, 2d or 3d, or have the running_mean and "
+        "running_var of one, got torch.nn.modules.normalization.LayerNorm."
+    )
     with error("the layer's axis is (1, 2); only a single feature axis can be probed."):
         parity.from_batch_norm(*jaxbn.init((8, C)), axis=(1, 2))
     with error("the layer is not built; call layer.build((None, num_features))."):

@@ -49,7 +49,7 @@ def from_linen(module: Any, variables: Mapping[str, Any]) -> DifferentiableLayer
     """`flax.linen.BatchNorm`, or `jaxbn.linen.BatchNorm`, as a layer for the parity tools.
 
     Args:
-      module: the module. Axis names are left out: the probes run on one device.
+      module: the module. Its axis name and groups are left out: the probes run on one device.
       variables: what its `init` returned, or training made of it: `params` and `batch_stats`.
 
     Returns:
@@ -62,7 +62,8 @@ def from_linen(module: Any, variables: Mapping[str, Any]) -> DifferentiableLayer
       >>> jaxbn.parity.identify(jaxbn.parity.from_linen(module, variables), 4)["momentum"]
       0.9
     """
-    module = module.clone(use_running_average=None, axis_name=None)
+    unmapped = {k: None for k in ("axis_name", "axis_index_groups") if hasattr(module, k)}
+    module = module.clone(use_running_average=None, **unmapped)
 
     def apply(params, state, x, train):
         y, updates = module.apply(
@@ -85,7 +86,8 @@ def from_nnx(layer: Any) -> DifferentiableLayer:
     """`flax.nnx.BatchNorm`, or `jaxbn.nnx.BatchNorm`, as a layer for the parity tools.
 
     Args:
-      layer: the layer, which stays as it is.
+      layer: the layer, which is not changed. Its axis name and groups are left out: the probes run
+        on one device.
 
     Returns:
       A layer with `train`, `evaluate`, `running` and `step`.
@@ -99,7 +101,9 @@ def from_nnx(layer: Any) -> DifferentiableLayer:
     """
     from flax import nnx
 
-    graph, params, state = nnx.split(nnx.clone(layer), nnx.Param, ...)
+    layer = nnx.clone(layer)
+    layer.axis_name = layer.axis_index_groups = None
+    graph, params, state = nnx.split(layer, nnx.Param, ...)
 
     def apply(params, state, x, train):
         merged = nnx.merge(graph, params, state, copy=True)
@@ -272,6 +276,7 @@ def from_torch(layer: Any) -> DifferentiableLayer:
       A layer with `train`, `evaluate`, `running` and `step`.
 
     Raises:
+      TypeError: the layer is another one, such as a `torch.nn.LayerNorm`.
       ValueError: the layer keeps no running statistics.
 
     Example:
@@ -284,6 +289,11 @@ def from_torch(layer: Any) -> DifferentiableLayer:
       batch_variance biased
       running_variance unbiased
     """
+    if not (hasattr(layer, "running_mean") and hasattr(layer, "running_var")):
+        raise TypeError(
+            f"the layer must be a torch.nn.BatchNorm1d, 2d or 3d, or have the running_mean and "
+            f"running_var of one, got {type(layer).__module__}.{type(layer).__qualname__}."
+        )
     if layer.running_mean is None:
         raise ValueError("the layer keeps no running statistics; there is nothing to identify.")
     return TorchLayer(layer)
