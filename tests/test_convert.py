@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+import safetensors.flax
 import safetensors.numpy
 import safetensors.torch
 import torch
@@ -526,6 +527,8 @@ def test_files(tmp_path, dtype):
     for state_dict in (
         safetensors.numpy.load_file(tmp_path / "model.safetensors"),
         safetensors.torch.load_file(tmp_path / "model.safetensors"),
+        safetensors.flax.load_file(tmp_path / "model.safetensors"),
+        safetensors.torch.load((tmp_path / "model.safetensors").read_bytes()),
         torch.load(tmp_path / "model.pt", weights_only=True),
     ):
         assert_same(convert.batch_norms_from_torch(state_dict), expected)

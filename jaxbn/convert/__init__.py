@@ -20,9 +20,11 @@ as keywords, and each function says which: `jaxbn.PYTORCH`, `jaxbn.KERAS`, and s
 What comes out goes into Flax as it is:
 `variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"] = from_torch(...)`.
 
-Files are read by whoever calls this, with a reader that runs no code from the file:
-`safetensors.numpy.load_file(path)`, or `torch.load(path, weights_only=True)`. Both give a mapping
-that `from_torch` and `batch_norms_from_torch` take.
+Read files with a reader that runs no code from them: `load_file(path)` of `safetensors.numpy`,
+`safetensors.flax` or `safetensors.torch`, or `torch.load(path, weights_only=True)`. Each returns a
+mapping that `from_torch` and `batch_norms_from_torch` take, in bfloat16 too. For bytes in memory,
+use `safetensors.torch.load(data)`: `load` of `safetensors.numpy` and `safetensors.flax` does not
+know bfloat16, and raises `KeyError: 'BF16'`.
 """
 
 from jaxbn.convert._equinox import from_equinox as from_equinox
