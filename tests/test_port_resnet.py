@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from train_examples.digits.config import UserError
-from train_examples.port_resnet import __main__ as command
-from train_examples.port_resnet import deploy, flax_model, torch_model
+from train_examples.extras import needs_extra
+from train_examples.port_resnet import command, deploy, flax_model, torch_model
+from train_examples.port_resnet.__main__ import main
 from train_examples.port_resnet.compare import (
     Comparison,
     distance,
@@ -237,6 +240,54 @@ def test_files_that_cannot_be_read(tmp_path, name, text):
     assert str(error.value) == f"--state-dict {tmp_path / name} {text}"
 
 
+# Of tensors that PyTorch saves, those that are no arrays.
+UNREADABLE = {
+    "int key": (
+        lambda tensor: {3: tensor},
+        "must hold tensors by their names, got the key 3.",
+    ),
+    "bytes key": (
+        lambda tensor: {b"fc.weight": tensor},
+        "must hold tensors by their names, got the key b'fc.weight'.",
+    ),
+    "sparse": (
+        lambda tensor: {"fc.weight": tensor.to_sparse()},
+        "must hold dense tensors, got a sparse fc.weight: save what its to_dense() returns.",
+    ),
+    "meta": (
+        lambda tensor: {"fc.weight": tensor.to("meta")},
+        "must hold dense tensors, got a meta fc.weight: it has no values, so load the weights "
+        "before saving.",
+    ),
+    "quantized": (
+        lambda tensor: {"fc.weight": torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)},
+        "must hold dense tensors, got a quantized fc.weight: save what its dequantize() returns.",
+    ),
+    "nested": (
+        lambda tensor: {"fc.weight": torch.nested.nested_tensor([tensor, tensor[1:]])},
+        "must hold dense tensors, got a nested fc.weight: save its parts.",
+    ),
+    "a dtype of bits": (
+        lambda tensor: {"fc.weight": tensor.view(torch.uint8).view(torch.bits8)},
+        "must hold tensors of a dtype that NumPy has, or can be made of, got torch.bits8 for "
+        "fc.weight.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+# PyTorch warns of kinds of tensors that it will not have some day, where they are made.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_cannot_be_read(tmp_path, capsys, kind):
+    make, text = UNREADABLE[kind]
+    file = tmp_path / "weights.pt"
+    torch.save({"bn1.weight": torch.ones(2), **make(torch.ones(10, 4))}, file)
+    with pytest.raises(SystemExit) as error:
+        main(["--state-dict", str(file)])
+    assert error.value.code == 2
+    assert capsys.readouterr().err == f"error: --state-dict {file} {text}\n"
+
+
 @pytest.fixture
 def networks(state_dict):
     """The network and the folded one, in the precision at hand."""
@@ -293,7 +344,7 @@ def test_a_file_is_written_whole_or_not(tmp_path, networks, monkeypatch):
 def test_the_command(tmp_path, state_dict, capsys):
     file, out = tmp_path / "weights.safetensors", tmp_path / "network.jax"
     save_file(tensors(as_dtype(state_dict, np.float32)), file)
-    command.main(["--state-dict", str(file), "--out", str(out), *SMALL])
+    main(["--state-dict", str(file), "--out", str(out), *SMALL])
     printed = " ".join(capsys.readouterr().out.split())
     for row in ("logits in training", "gradients by kernels", "running variances after"):
         assert row in printed
@@ -311,17 +362,46 @@ def test_the_command_fails_where_the_frameworks_differ(tmp_path, monkeypatch, ca
     monkeypatch.setattr(command, "compare", lambda state_dict, batch: rows)
     out = tmp_path / "network.jax"
     with pytest.raises(SystemExit) as error:
-        command.main(["--width", "2", "--out", str(out), *SMALL])
+        main(["--width", "2", "--out", str(out), *SMALL])
     assert error.value.code == "error: the frameworks differ in float64: running means after."
     assert f"{difference:.0e}" in capsys.readouterr().out
     assert not out.exists()
 
 
-def test_the_command_says_what_is_wrong_with_a_file(tmp_path):
+def test_the_command_says_what_is_wrong_with_a_file(tmp_path, capsys):
     file = tmp_path / "none.pt"
     with pytest.raises(SystemExit) as error:
-        command.main(["--state-dict", str(file)])
-    assert error.value.code == f"error: --state-dict {file} is not a file."
+        main(["--state-dict", str(file)])
+    # As argparse has it for a wrong option.
+    assert error.value.code == 2
+    assert capsys.readouterr().err == f"error: --state-dict {file} is not a file.\n"
+
+
+@pytest.mark.parametrize("package", ["torch", "safetensors"])
+def test_help_without_a_package(package):
+    """The options are told, and a run says what to install."""
+
+    def run(*argv):
+        code = (
+            f"import runpy, sys; sys.modules[{package!r}] = None; "
+            f"sys.argv[1:] = {list(argv)}; "
+            "runpy.run_module('train_examples.port_resnet', run_name='__main__')"
+        )
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    told = run("--help")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "--state-dict FILE" in told.stdout
+    refused = run()
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == (
+        f'error: {package} is not installed; pip install -e ".[test]" installs it.\n'
+    )
+
+
+def test_a_module_of_ours_that_is_missing_is_a_fault():
+    with pytest.raises(ModuleNotFoundError, match="train_examples"), needs_extra("test"):
+        raise ModuleNotFoundError("No module named 'train_examples.x'", name="train_examples.x")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,9 +13,9 @@ from matplotlib import image
 
 from train_examples.digits import data
 from train_examples.digits import model as flax_model
-from train_examples.torch_twin import __main__ as command
+from train_examples.torch_twin import command, report, torch_model
 from train_examples.torch_twin import lockstep as twin
-from train_examples.torch_twin import report, torch_model
+from train_examples.torch_twin.__main__ import main
 from train_examples.torch_twin.config import Config, parse_args
 from train_examples.torch_twin.lockstep import (
     TRUTH,
@@ -250,7 +252,7 @@ def quick(monkeypatch, history):
 
 def test_the_command(quick, history, tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    command.main(["--steps", str(TINY.steps), "--out", str(out)])
+    main(["--steps", str(TINY.steps), "--out", str(out)])
     printed = capsys.readouterr().out
     for title in ("parameters", "running statistics"):
         assert f"Distance of {title} from PyTorch's run" in printed
@@ -272,10 +274,30 @@ def test_the_command_fails_where_the_frameworks_part(monkeypatch, history, tmp_p
     apart = {**history.distances, (OURS, TRUTH): [Distance(1e-16, 2e-8)] * TINY.steps}
     monkeypatch.setattr(command, "train", lambda config: History(history.loss, apart))
     with pytest.raises(SystemExit) as error:
-        command.main(["--out", str(tmp_path)])
+        main(["--out", str(tmp_path)])
     assert error.value.code == "error: the frameworks part in float64."
     assert "2.0e-08 apart at most, in 8 steps: NOT within 1e-08" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_help_without_pytorch():
+    """The options are told, and a run says what to install."""
+
+    def run(*argv):
+        code = (
+            f"import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = {list(argv)}; "
+            "runpy.run_module('train_examples.torch_twin', run_name='__main__')"
+        )
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    told = run("--help")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "--learning-rate" in told.stdout
+    refused = run()
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == (
+        'error: torch is not installed; pip install -e ".[test]" installs it.\n'
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,10 @@ from train_examples.digits.config import UserError
 WIDTH = 64
 
 
+class WeightsError(UserError):
+    """A state dict that cannot be read, or is not one of this network."""
+
+
 @dataclass(frozen=True)
 class Config:
     """The options: the command line's, with its defaults."""

@@ -7,8 +7,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from jaxbn.convert import batch_norms_from_torch
-from train_examples.digits.config import UserError
-from train_examples.port_resnet.config import WIDTH
+from train_examples.port_resnet.config import WIDTH, WeightsError
 from train_examples.port_resnet.torch_model import entries
 from train_examples.port_resnet.weights import StateDict
 
@@ -66,7 +65,7 @@ def check(state_dict: StateDict) -> None:
     ]
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise UserError(
+        raise WeightsError(
             f"these are not the weights of a ResNet-18 in torchvision's names: "
             f"{'; '.join(problems[:SHOWN])}{more}."
         )

@@ -1,5 +1,6 @@
 """Where the weights come from: a random generator, or a file."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from numpy.typing import DTypeLike
 from safetensors.torch import load_file
 
-from train_examples.digits.config import UserError
+from train_examples.port_resnet.config import WeightsError
 from train_examples.port_resnet.torch_model import entries
 
 # A state dict in float64, which holds every narrower value exactly.
@@ -42,26 +43,29 @@ def read(path: Path) -> StateDict:
     readers = {".safetensors": load_file, ".pt": _load_pickle, ".pth": _load_pickle}
     if path.suffix not in readers:
         endings = ", ".join(readers)
-        raise UserError(f"--state-dict {path} must end in one of {endings}, got {path.suffix!r}.")
+        raise WeightsError(
+            f"--state-dict {path} must end in one of {endings}, got {path.suffix!r}."
+        )
     if not path.is_file():
-        raise UserError(f"--state-dict {path} is not a file.")
+        raise WeightsError(f"--state-dict {path} is not a file.")
     try:
         tensors = readers[path.suffix](path)
     # A damaged file can raise nearly anything.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--state-dict {path} is damaged, or no state dict: {reason}") from None
+        raise WeightsError(f"--state-dict {path} is damaged, or no state dict: {reason}") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(v, torch.Tensor) for v in tensors.values()
     ):
-        raise UserError(f"--state-dict {path} must hold a dict of tensors, by their names, alone.")
+        raise WeightsError(
+            f"--state-dict {path} must hold a dict of tensors, by their names, alone."
+        )
+    for name, tensor in tensors.items():
+        _check_tensor(f"--state-dict {path}", name, tensor)
     # PyTorch before 0.4.1 did not count batches.
     norms = [name.removesuffix("running_var") for name in tensors if name.endswith("running_var")]
     counts = {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
-    return {
-        name: (v.double() if v.is_floating_point() else v).numpy(force=True)
-        for name, v in {**counts, **tensors}.items()
-    }
+    return {name: _values(v) for name, v in {**counts, **tensors}.items()}
 
 
 def as_dtype(state_dict: StateDict, dtype: DTypeLike) -> StateDict:
@@ -69,6 +73,35 @@ def as_dtype(state_dict: StateDict, dtype: DTypeLike) -> StateDict:
     return {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in state_dict.items()}
 
 
+def _check_tensor(file: str, name: object, tensor: torch.Tensor) -> None:
+    """Refuse a tensor without a name, or without values that NumPy can hold."""
+    if not isinstance(name, str):
+        raise WeightsError(f"{file} must hold tensors by their names, got the key {name!r}.")
+    kinds = {
+        "nested": (tensor.is_nested, "save its parts"),
+        "meta": (tensor.is_meta, "it has no values, so load the weights before saving"),
+        "quantized": (tensor.is_quantized, "save what its dequantize() returns"),
+        "sparse": (tensor.layout != torch.strided, "save what its to_dense() returns"),
+    }
+    for kind, (is_kind, cure) in kinds.items():
+        if is_kind:
+            raise WeightsError(f"{file} must hold dense tensors, got a {kind} {name}: {cure}.")
+    try:
+        _values(tensor)
+    except Exception:
+        raise WeightsError(
+            f"{file} must hold tensors of a dtype that NumPy has, or can be made of, got "
+            f"{tensor.dtype} for {name}."
+        ) from None
+
+
+def _values(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.double() if tensor.is_floating_point() else tensor).numpy(force=True)
+
+
 def _load_pickle(path: Path) -> object:
-    # `weights_only` refuses whatever a pickle could call but what builds tensors.
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        # PyTorch warns of kinds of tensors that it will not have some day.
+        warnings.simplefilter("ignore")
+        # `weights_only` refuses whatever a pickle could call but what builds tensors.
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,86 @@
+"""What the command does: compare the frameworks, print a table, fold and export the network."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from train_examples.digits.config import UserError
+from train_examples.port_resnet import deploy
+from train_examples.port_resnet.compare import Batch, Comparison, compare, distance, random_batch
+from train_examples.port_resnet.config import WIDTH, Config
+from train_examples.port_resnet.convert import CLASSES, check, size, to_flax
+from train_examples.port_resnet.flax_model import ResNet18
+from train_examples.port_resnet.weights import StateDict, as_dtype, lively, read
+
+# In float64, eps is 2e-16. The sums have up to some thousand terms, and twenty layers pass their
+# rounding on, there and back, each by a few times.
+FLOAT64_TOLERANCE = 1e-10
+# The same of a folded network in float32, there alone.
+FOLDED_TOLERANCE = 1e-4
+
+
+def run(config: Config, console: Console) -> None:
+    """Compares, folds and exports; a UserError where the frameworks differ."""
+    if config.state_dict is None:
+        state_dict = lively(config.width or WIDTH, CLASSES, config.seed)
+    else:
+        state_dict = read(config.state_dict)
+        check(state_dict)
+    batch = random_batch(config.batch_size, config.image_size, size(state_dict)[1], config.seed)
+    comparisons = compare(state_dict, batch)
+    console.print(table(comparisons))
+    # NaN is not within it either.
+    apart = [k for k, c in comparisons.items() if not c.float64_difference <= FLOAT64_TOLERANCE]
+    if apart:
+        raise UserError(f"the frameworks differ in float64: {', '.join(apart)}.")
+    fold_and_export(state_dict, batch, config, console)
+
+
+def fold_and_export(state_dict: StateDict, batch: Batch, config: Config, console: Console) -> None:
+    """Folds the network in float32, exports it, and calls what it reads back from the file."""
+    variables = to_flax(as_dtype(state_dict, np.float32))
+    images = np.asarray(batch.images, np.float32)
+    whole = deploy.evaluation(ResNet18(*size(state_dict)), variables)
+    model = ResNet18(*size(state_dict), folded=True)
+    folded = deploy.evaluation(model, deploy.folded(variables))
+    difference = distance([np.asarray(folded(images))], [np.asarray(whole(images))])
+    console.print(
+        f"folded {len(deploy.pairs(variables))} batch norms: logits differ by {short(difference)} "
+        f"in float32; {deploy.milliseconds(folded, images):.1f} ms a batch, "
+        f"{deploy.milliseconds(whole, images):.1f} ms before"
+    )
+    if not difference <= FOLDED_TOLERANCE:
+        raise UserError("the folded network differs from the whole one.")
+
+    deploy.write(folded, config.image_size, config.out)
+    # Of another batch size than what was compared, as the file is for any.
+    fewer = images[1:]
+    exported, wanted = deploy.read(config.out)(fewer), folded(fewer)
+    difference = distance([np.asarray(exported)], [np.asarray(wanted)])
+    console.print(
+        f"wrote {config.out}, {config.out.stat().st_size / 1e6:.1f} MB; read back, its logits of "
+        f"{len(fewer)} images differ by {short(difference)}"
+    )
+    if not difference <= FOLDED_TOLERANCE:
+        raise UserError("the exported network differs from the folded one.")
+
+
+def table(comparisons: Mapping[str, Comparison]) -> Table:
+    """What `compare` found: one row for each kind of result."""
+    rows = Table(
+        title="Largest differences, relative to each array's largest value",
+        caption="errors: differences from PyTorch's results in float64",
+    )
+    rows.add_column("")
+    for name in ("float64\ndifference", "float32 error\nof PyTorch", "float32 error\nof jaxbn"):
+        rows.add_column(name, justify="right")
+    for name, comparison in comparisons.items():
+        rows.add_row(name, *map(short, comparison))
+    return rows
+
+
+def short(difference: float) -> str:
+    """A difference in a few letters."""
+    return f"{difference:.0e}" if difference else "0"
