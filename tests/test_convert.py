@@ -626,6 +626,16 @@ def equinox_layer(**options):
 
 # name: (call, exception, its whole text)
 ERRORS = {
+    "from torch: keys": (
+        lambda: convert.from_torch({"weight": THREE, 3: THREE}),
+        TypeError,
+        "state_dict must have names as keys, got 3.",
+    ),
+    "model of torch: keys": (
+        lambda: convert.batch_norms_from_torch({k: THREE for k in (3, b"x", None, 4)}),
+        TypeError,
+        "state_dict must have names as keys, got 3, b'x', None.",
+    ),
     "torch: all at once": (
         lambda: convert.from_torch(
             {

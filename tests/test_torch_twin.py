@@ -28,7 +28,7 @@ from train_examples.torch_twin.lockstep import (
     pairs,
     start,
 )
-from train_examples.torch_twin.runs import Batch, FlaxRun, TorchRun, initial
+from train_examples.torch_twin.runs import Batch, FlaxRun, TorchRun, initial, network
 
 # A second stage for the pooling; wide enough for each layer to learn.
 TINY = Config(steps=8, widths=(4, 8), batch_size=16, reordered=2)
@@ -103,7 +103,7 @@ def test_runs_start_from_the_same_weights(x64, variables):
 
 
 def test_every_entry_is_compared(variables):
-    entries = FlaxRun(flax_model.ConvNet(), TINY, variables).entries()
+    entries = FlaxRun(network(Config()), TINY, variables).entries()
     ones = {name: np.ones_like(value) for name, value in entries.items()}
     for name in ones:
         if "num_batches" in name:
@@ -128,7 +128,7 @@ def test_distance_is_relative():
 def flax_run(variables):
     """Ours, and the state it begins with."""
     with jax.enable_x64(True):
-        model = flax_model.ConvNet(TINY.widths, dtype="float64")
+        model = network(TINY, "float64")
         run = FlaxRun(model, TINY, variables)
         yield run, run.state
 

@@ -129,6 +129,13 @@ def mapping(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a mapping, got {type(value).__name__}.")
 
 
+def names(name: str, value: Mapping[Any, Any]) -> None:
+    """Refuse a mapping with keys that are not strings."""
+    other = [key for key in value if not isinstance(key, str)]
+    if other:
+        raise TypeError(f"{name} must have names as keys, got {', '.join(map(repr, other[:3]))}.")
+
+
 def refuse(what: str, problems: list[str]) -> None:
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}.")

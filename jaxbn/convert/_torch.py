@@ -43,7 +43,7 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params,
     Raises:
       ValueError: entries are missing, extra, ill-sized or not floating (all are listed), or none
         has the prefix.
-      TypeError: `state_dict` is no mapping.
+      TypeError: `state_dict` is not a mapping, or has keys that are not strings.
 
     Example:
       >>> import numpy as np
@@ -58,6 +58,7 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params,
     Source: `torch.nn.BatchNorm2d`.
     """
     _entries.mapping("state_dict", state_dict)
+    _entries.names("state_dict", state_dict)
     prefix = _entries.under(prefix, ".")
     leaves, problems = _read(state_dict, prefix)
     if state_dict and not any(key.startswith(prefix) for key in state_dict):
@@ -136,7 +137,7 @@ def batch_norms_from_torch(
 
     Raises:
       ValueError: entries are missing, extra, ill-sized or not floating; all are listed.
-      TypeError: `state_dict` is no mapping.
+      TypeError: `state_dict` is not a mapping, or has keys that are not strings.
 
     Example:
       >>> import numpy as np
@@ -148,6 +149,7 @@ def batch_norms_from_torch(
       {'bn': {}}
     """
     _entries.mapping("state_dict", state_dict)
+    _entries.names("state_dict", state_dict)
     names = {}
     for key in state_dict:
         layer, _, entry = key.rpartition(".")

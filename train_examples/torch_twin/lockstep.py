@@ -10,9 +10,16 @@ from rich.progress import track
 
 from train_examples.digits import data
 from train_examples.digits.config import UserError
-from train_examples.digits.model import ConvNet
 from train_examples.torch_twin.config import Config
-from train_examples.torch_twin.runs import Batch, FlaxRun, Run, TorchRun, Variables, initial
+from train_examples.torch_twin.runs import (
+    Batch,
+    FlaxRun,
+    Run,
+    TorchRun,
+    Variables,
+    initial,
+    network,
+)
 
 DTYPES = ("float64", "float32")
 Entries = Mapping[str, np.ndarray]
@@ -65,8 +72,8 @@ def start(config: Config, variables: Variables) -> dict[Name, Run]:
     """The runs before the first step, in both precisions and all from the same weights."""
     runs: dict[Name, Run] = {}
     for dtype in DTYPES:
-        model = ConvNet(widths=config.widths, dtype=dtype)
-        ours = runs[Name("jaxbn", dtype)] = FlaxRun(model, config, variables)
+        ours = FlaxRun(network(config, dtype), config, variables)
+        runs[Name("jaxbn", dtype)] = ours
         runs[Name("PyTorch", dtype)] = TorchRun(config, ours.entries())
         # In float64 one is enough: rounding takes none far.
         for n in range(config.reordered if dtype == "float32" else 1):

@@ -1,5 +1,6 @@
 """One training run in either framework, step by step, under one interface."""
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from jax.typing import DTypeLike
 from torch.nn import functional
 
+import jaxbn
+from jaxbn.linen import BatchNorm
 from train_examples.digits import train
 from train_examples.digits.model import ConvNet
 from train_examples.torch_twin import torch_model
@@ -41,9 +45,14 @@ class Run(Protocol):
         ...
 
 
+def network(config: Config, dtype: DTypeLike = "float32") -> ConvNet:
+    """The digits example's network, with PyTorch's convention in its batch norms."""
+    return ConvNet(config.widths, norm=partial(BatchNorm, **jaxbn.PYTORCH), dtype=dtype)
+
+
 def initial(config: Config, images: np.ndarray) -> Variables:
     """What all runs begin with, in float32: the digits example's weights."""
-    model = ConvNet(widths=config.widths)
+    model = network(config)
     state = train.create_state(model, images, optax.identity(), config.seed)
     return {"params": state.params, "batch_stats": state.batch_stats}
 
