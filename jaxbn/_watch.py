@@ -1,32 +1,34 @@
-"""A Flax model, Linen or NNX, run with given statistics, and what its batch norms see."""
+"""Run a Flax model, Linen or NNX, with given statistics, and observe its batch norms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from inspect import unwrap
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
+from jaxbn._batches import arguments
 from jaxbn._moments import Moments, moments, statistics_dtype
 from jaxbn._pooling import Layer
 from jaxbn._running import variance
 
-# Names beside `mean` and `var`, each followed by the number of the layer's call. What goes into the
-# model and comes out of it lies with the statistics, so that lifted transforms, `scan` over layers
-# among them, treat it as they treat those.
-_GIVEN, _SEEN = "calibrate_given_", "calibrate_seen_"
+# Prefixes of variables beside `mean` and `var`; the number of the layer's call follows. They live
+# with the statistics, so that lifted transforms, such as `scan` over layers, treat them alike.
+_GIVEN, _OBSERVED = "calibrate_given_", "calibrate_observed_"
 
 
-class Seen(NamedTuple):
-    """The moments of what one call of a layer has seen, each of the shape of the layer's `mean`.
+class Observed(NamedTuple):
+    """The moments of the input of one call of a layer, each of the shape of the layer's `mean`.
 
     Attributes:
       n, shift, mean, var: as in `Moments`.
-      ddof: what the variance that the layer tracks divides by is `n - ddof`: 0 or 1. A scalar for
-        each layer, so that layers in a `scan` have several.
+      ddof: 1 where the layer tracks the unbiased variance, which divides by `n - 1`, and otherwise
+        0. A scalar for each layer, so layers in a `scan` have an array of them.
     """
 
     n: Any
@@ -37,7 +39,7 @@ class Seen(NamedTuple):
 
 
 C = TypeVar("C")
-# One for each call of each layer.
+# A value for each call of each layer.
 Network = dict[Layer, tuple[C, ...]]
 
 
@@ -45,21 +47,21 @@ class Model(NamedTuple):
     """A model as a function, and where its statistics are.
 
     Attributes:
-      see: of the variables, what calls are given, a batch, and whether to watch the layers that are
-        in evaluation mode too: what the calls have seen.
-      variables: what `see` takes.
+      observe: maps variables, moments given to calls, a batch, and whether to observe layers in
+        evaluation mode too, to what each call has observed.
+      variables: the first argument of `observe`.
       statistics: the part of the caller's variables that holds the running statistics, a tree.
-      with_statistics: the caller's variables with another such part.
+      with_statistics: returns the caller's variables with another such part.
     """
 
-    see: Callable[..., Network[Seen]]
+    observe: Callable[..., Network[Observed]]
     variables: Any
     statistics: Any
     with_statistics: Callable[[Any], Any]
 
 
 def as_function(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model:
-    """`model` as a function of its variables, which stays as it is."""
+    """Return `model`, which is not changed, as a function of its variables."""
     import flax.linen as nn
     from flax import nnx
 
@@ -89,7 +91,9 @@ def _linen(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model
     bodies = [unwrap(layer.__call__) for layer in (BatchNorm, nn.BatchNorm)]
     options = {name: value for name, value in apply_kwargs.items() if name != "mutable"}
 
-    def see(variables: Any, given: Network[Seen], batch: Any, everywhere: bool) -> Network[Seen]:
+    def observe(
+        variables: Any, given: Network[Observed], batch: Any, everywhere: bool
+    ) -> Network[Observed]:
         def interceptor(next_fun, args, kwargs, context):
             # Of a layer that inherits, the call to the layer it inherits from.
             if unwrap(context.orig_method.func) not in bodies:
@@ -97,21 +101,21 @@ def _linen(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model
             layer, (x, is_frozen, mask) = context.module, _arguments(*args, **kwargs)
             if is_frozen is None:
                 is_frozen = layer.use_running_average
-            if not everywhere and is_frozen is not False:
+            if not (everywhere or _trains(is_frozen)):
                 return next_fun(*args, **kwargs)
 
             call = _first_free(lambda name: layer.has_variable("batch_stats", name))
             params = {name: layer.get_variable("params", name) for name in ("scale", "bias")}
             given = layer.get_variable("batch_stats", f"{_GIVEN}{call}")
-            y, seen = _normalize(layer, x, mask, unbox(params), given)
-            layer.put_variable("batch_stats", f"{_SEEN}{call}", seen)
+            y, observed = _normalize(layer, x, mask, unbox(params), given)
+            layer.put_variable("batch_stats", f"{_OBSERVED}{call}", observed)
             return y
 
         statistics = flatten_dict(unfreeze(variables.get("batch_stats", {})))
         for layer, calls in given.items():
-            statistics |= {(*layer, f"{_GIVEN}{call}"): seen for call, seen in enumerate(calls)}
-        args, kwargs = _call(batch)
-        with nn.intercept_methods(interceptor):
+            statistics |= {(*layer, f"{_GIVEN}{i}"): whole for i, whole in enumerate(calls)}
+        args, kwargs = arguments(batch)
+        with _explained(), nn.intercept_methods(interceptor):
             # A model may write to more than its statistics; in training, never to its parameters.
             _, updates = model.apply(
                 {**variables, "batch_stats": unflatten_dict(statistics)},
@@ -128,7 +132,7 @@ def _linen(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model
             return variables.copy(new)
         return {**variables, **new}
 
-    return Model(see, variables, variables.get("batch_stats", {}), with_statistics)
+    return Model(observe, variables, variables.get("batch_stats", {}), with_statistics)
 
 
 def _nnx(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model:
@@ -144,7 +148,9 @@ def _nnx(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model:
     if isinstance(model, nnx.Module):
         graphdef, everything = nnx.split(model)
 
-    def see(states: Any, given: Network[Seen], batch: Any, everywhere: bool) -> Network[Seen]:
+    def observe(
+        states: Any, given: Network[Observed], batch: Any, everywhere: bool
+    ) -> Network[Observed]:
         everything, variables = states
         copy = nnx.merge(graphdef, everything)
         nnx.update(copy, variables)
@@ -154,20 +160,21 @@ def _nnx(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model:
         for path, layer in layers.items():
             object.__setattr__(layer, "__class__", _watched_class(type(layer)))
             layer.calibrate_everywhere = everywhere
-            for call, seen in enumerate(given.get(path, ())):
-                setattr(layer, f"{_GIVEN}{call}", nnx.BatchStat(seen))
-        args, kwargs = _call(batch)
-        copy(*args, **kwargs, **apply_kwargs)
+            for i, whole in enumerate(given.get(path, ())):
+                setattr(layer, f"{_GIVEN}{i}", nnx.BatchStat(whole))
+        args, kwargs = arguments(batch)
+        with _explained():
+            copy(*args, **kwargs, **apply_kwargs)
         return _by_layer(
             {
                 (*path, name): value.get_value()
                 for path, layer in layers.items()
                 for name, value in vars(layer).items()
-                if name.startswith(_SEEN)
+                if name.startswith(_OBSERVED)
             }
         )
 
-    return Model(see, (everything, variables), variables, lambda statistics: statistics)
+    return Model(observe, (everything, variables), variables, lambda statistics: statistics)
 
 
 def _nnx_layers() -> tuple[type, ...]:
@@ -180,7 +187,7 @@ def _nnx_layers() -> tuple[type, ...]:
 
 @cache
 def _watched_class(of: type) -> type:
-    """The class of a layer that is watched, for layers of the class `of`."""
+    """Return the class that layers of the class `of` have while they are observed."""
     from flax import nnx
 
     (base,) = (layer for layer in _nnx_layers() if issubclass(of, layer))
@@ -189,7 +196,7 @@ def _watched_class(of: type) -> type:
         x, is_frozen, mask = _arguments(*args, **kwargs)
         if is_frozen is None:
             is_frozen = self.use_running_average
-        if not self.calibrate_everywhere and is_frozen is not False:
+        if not (self.calibrate_everywhere or _trains(is_frozen)):
             return base.__call__(self, *args, **kwargs)
         call = _first_free(lambda name: hasattr(self, name))
         given = getattr(self, f"{_GIVEN}{call}", None)
@@ -198,8 +205,8 @@ def _watched_class(of: type) -> type:
         # Unlike the other three, this layer promotes the input to its statistics' dtype.
         extra = (self.mean.get_value(),) if base is nnx.BatchNorm else ()
         given = None if given is None else given.get_value()
-        y, seen = _normalize(self, x, mask, params, given, *extra)
-        setattr(self, f"{_SEEN}{call}", nnx.BatchStat(seen))
+        y, observed = _normalize(self, x, mask, params, given, *extra)
+        setattr(self, f"{_OBSERVED}{call}", nnx.BatchStat(observed))
         return y
 
     watched = type(base.__name__, (base,), {"__call__": __call__})
@@ -208,31 +215,45 @@ def _watched_class(of: type) -> type:
 
 
 def _arguments(x, use_running_average=None, *, mask=None):
-    """The arguments of all four layers."""
+    """Return the arguments of a call, of which all four layers have the same."""
     return x, use_running_average, mask
 
 
-def _call(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The arguments that a batch stands for."""
-    if isinstance(batch, tuple):
-        return batch, {}
-    return ((), batch) if isinstance(batch, Mapping) else ((batch,), {})
+def _trains(is_frozen: Any) -> bool:
+    # Neither None nor a traced value: the layer itself says what is wrong with those.
+    return isinstance(is_frozen, bool | np.bool_) and not is_frozen
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Explain the errors of transforms that do not take on the variables of observed calls."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if _OBSERVED in str(error) or "broadcasted variable has a data dependency" in str(error):
+            raise ValueError(
+                "model calls a batch norm inside a loop, branch or map that carries or shares its "
+                "statistics, such as nn.scan with variable_carry='batch_stats', nn.cond or "
+                "nnx.fori_loop, where its calls cannot be told apart. Calibrate a model that has "
+                "the same variables and is written with Python's for and if there."
+            ) from error
+        raise
 
 
 def _first_free(is_taken: Callable[[str], bool]) -> int:
     call = 0
-    while is_taken(f"{_SEEN}{call}"):
+    while is_taken(f"{_OBSERVED}{call}"):
         call += 1
     return call
 
 
-def _by_layer(values: Mapping[tuple[Any, ...], Any]) -> Network[Seen]:
-    """What calls have seen, in order, from a table by path and name."""
-    calls: dict[Layer, dict[int, Seen]] = {}
-    for (*layer, name), seen in values.items():
-        if str(name).startswith(_SEEN):
-            calls.setdefault(tuple(layer), {})[int(name.removeprefix(_SEEN))] = seen
-    return {layer: tuple(seen[i] for i in sorted(seen)) for layer, seen in calls.items()}
+def _by_layer(values: Mapping[tuple[Any, ...], Any]) -> Network[Observed]:
+    """Group a table by path and name by layer, with the calls of each in order."""
+    calls: dict[Layer, dict[int, Observed]] = {}
+    for (*layer, name), observed in values.items():
+        if str(name).startswith(_OBSERVED):
+            calls.setdefault(tuple(layer), {})[int(name.removeprefix(_OBSERVED))] = observed
+    return {layer: tuple(by_call[i] for i in sorted(by_call)) for layer, by_call in calls.items()}
 
 
 def _normalize(
@@ -240,10 +261,10 @@ def _normalize(
     x: jax.Array,
     mask: jax.Array | None,
     params: Mapping[str, jax.Array | None],
-    given: Seen | None,
+    given: Observed | None,
     *promoting: jax.Array,
-) -> tuple[jax.Array, Seen]:
-    """The layer's output, normalized by the moments it is given or else by its own; and its own."""
+) -> tuple[jax.Array, Observed]:
+    """Return the layer's output, normalized by `given` or else by its own moments, and those."""
     from flax.linen.dtypes import canonicalize_dtype
 
     x = _checks.floating_array("x", x)
@@ -276,4 +297,4 @@ def _normalize(
     )
     leaf = tuple(x.shape[a] for a in feature_axes)
     ddof = int(getattr(layer, "running_variance", "biased") == "unbiased")
-    return y, Seen(*(value.reshape(leaf) for value in own), ddof=jnp.asarray(ddof, jnp.int32))
+    return y, Observed(*(value.reshape(leaf) for value in own), ddof=jnp.asarray(ddof, jnp.int32))

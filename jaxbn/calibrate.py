@@ -1,29 +1,32 @@
 """Exact running statistics of a whole data set, and of shards put together."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, reduce
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from jaxbn import _checks
-from jaxbn._pooling import Whole, layers_of, part, pooled, tracked, where
-from jaxbn._running import Estimator
-from jaxbn._watch import Model, Network, Seen, as_function
+from jaxbn._batches import join, split
+from jaxbn._merge import merge
+from jaxbn._pooling import Statistics, layers_of, merged, to_state, where
+from jaxbn._watch import Model, Network, Observed, as_function
 
 __all__ = ["merge", "recalibrate"]
 
 Tree = TypeVar("Tree")
+# Maps what is known of each call so far, and a batch, to what the calls of the batch observe.
+Pass = Callable[[Network[Statistics], Any], Network[Statistics]]
 
 
 def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwargs: Any) -> Tree:
-    r"""The variables, with the running statistics that the whole data set has under their weights.
+    r"""Return the variables with the exact running statistics of a whole data set.
 
-    Each batch norm's mean and variance become those that one training step over all batches at
-    once, as one batch, would see in it: every layer is fed by the network whose earlier layers
-    normalize with the statistics of the whole. So they do not depend on how the data is cut into
-    batches, as long as nothing else in the network is random or looks across examples. With
+    Each batch norm's mean and variance become those of its input in one training step over all
+    batches at once, as one batch: its input comes from a network whose earlier layers normalize
+    with the statistics of the whole. The result does not depend on how the data is cut into
+    batches, as long as nothing else in the network is random or mixes examples. With
     :math:`n_i` values, mean :math:`\mu_i` and biased variance :math:`\sigma_i^2` in batch
     :math:`i`, those of the whole are
 
@@ -32,44 +35,54 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
         n = \sum_i n_i, \quad \mu = \frac{1}{n} \sum_i n_i \mu_i, \quad
         \sigma^2 = \frac{1}{n} \sum_i n_i \left(\sigma_i^2 + (\mu_i - \mu)^2\right)
 
-    which is not the mean of the variances. They are summed in float64. A layer whose
-    `running_variance` is "unbiased" keeps :math:`\sigma^2 n / (n - 1)`.
+    summed in float64. This is not the mean of the variances. A layer whose `running_variance` is
+    "unbiased" gets :math:`\sigma^2 n / (n - 1)`.
 
-    To be for weights that no training step has seen with their statistics: averaged (SWA, EMA),
-    quantized or pruned ones, or trained ones on data of another domain.
+    Use it when the running statistics no longer match the weights: after averaging (SWA, EMA),
+    quantization or pruning, or on a new domain.
 
-    The data is passed over once for each batch norm that lies on one path through the network: a
-    pass makes the next layer's statistics exact. It ends when a pass changes nothing, or after as
-    many passes as batch norms are called, whichever is first.
+    The data is passed over once for each batch norm on the longest path through the network: each
+    pass makes the next layer's statistics exact. The passes end when one changes nothing, or after
+    as many as there are calls of batch norms.
 
-    Layers are `jaxbn.linen.BatchNorm`, `jaxbn.nnx.BatchNorm`, Flax's own two, and what inherits
-    from them. Where the call runs the model in training mode, a layer that is frozen in it
-    normalizes with its running statistics and keeps them. Where it runs all of them in evaluation
-    mode, all are calibrated, and what else depends on the mode, such as dropout, does what it does
-    in evaluation. `axis_name` and `virtual_batch_size` are not looked at: the whole is one batch.
-    A layer that is called several times normalizes
-    each call with the statistics of that call, as in training, and keeps those of all together.
+    Layers are `jaxbn.linen.BatchNorm`, `jaxbn.nnx.BatchNorm`, Flax's own two, and classes that
+    inherit from them. If a layer runs in training mode, in any batch, then the layers in training
+    mode are calibrated, and frozen ones normalize with their running statistics and keep them. If
+    all run in evaluation mode, all are calibrated, and whatever else depends on the mode, such as
+    dropout, behaves as in evaluation. `axis_name` and `virtual_batch_size` have no effect: the
+    whole is one batch.
+
+    A layer that is called several times normalizes each call with the statistics of that call, as
+    in training, and keeps those of all together. Batches may call a layer different numbers of
+    times, or not at all, as sequences of different lengths do: the statistics of, say, third calls
+    are those of the batches that make one. Calls of different layers must come in the same order in
+    all batches. Calls inside a loop or branch of JAX that carries the statistics, such as `nn.scan`
+    with `variable_carry="batch_stats"`, cannot be told apart, and raise an error. `nn.scan` over
+    layers, each with its own statistics, works.
 
     Args:
-      model: a `flax.linen.Module`; or an `flax.nnx.Module` or `flax.nnx.GraphDef`, which stays as
-        it is.
+      model: a `flax.linen.Module`; or an `flax.nnx.Module` or `flax.nnx.GraphDef`. It is not
+        changed.
       variables: those of a Linen model, or an `nnx.State`, such as `nnx.state(model)` or, where the
-        model is a `Module`, only its `BatchStat`. They stay as they are.
+        model is a `Module`, only its `BatchStat`. They are not changed.
       batches: what the model is called with, each an array; or a tuple of positional arguments,
-        such as an input and its mask; or a dict of keyword arguments. It is passed over several
-        times, for which the batches of an iterator are kept in a list.
-      **apply_kwargs: what else `model.apply`, or the NNX model, is called with, such as
-        `train=True` or `rngs`. `mutable` has no meaning here.
+        such as an input and its mask; or a dict of keyword arguments. What is not an array, such as
+        a bool, is passed as it is, and the model is compiled for each of its values. Empty batches
+        count for nothing. `batches` is iterated over several times, so the batches of an iterator
+        are kept in a list.
+      **apply_kwargs: further arguments of `model.apply`, or of the NNX model, such as `train=True`
+        or `rngs`. `mutable` has no effect.
 
     Returns:
-      Variables of the structure, shapes and dtypes that came. Only `mean` and `var` of batch norms
-      differ: of features with a value that counts, and with two values for an unbiased variance.
-      `count`, a number of training batches, stays as it is.
+      Variables of the same structure, shapes and dtypes. Only `mean` and `var` of batch norms
+      differ, in features with a value that counts, or two for an unbiased variance. `count`, the
+      number of training batches, is unchanged.
 
     Raises:
-      TypeError: `model` or `variables` are of another kind.
-      ValueError: there is no batch, or no batch norm; one value per feature, for which no unbiased
-        variance exists; statistics that are not finite.
+      TypeError: `model` or `variables` are of another kind, or `batches` is a mapping.
+      ValueError: there is no batch, no batch norm, or no value; one value per feature, for which no
+        unbiased variance exists; statistics that are not finite; a batch norm in a loop that
+        carries its statistics.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn.linen
@@ -81,173 +94,125 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
       >>> print(f"{abs(y.mean()):.2f} {y.std():.2f}")
       0.00 1.00
 
-    Source: the pooling is that of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
+    Source: the formula is that of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
     Algorithm for Computing Sample Variances", 1979; one use is section 3.2 of Izmailov et al.,
     "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
     """
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            f"batches must be a list of batches, got a {type(batches).__name__}: put a single "
+            f"batch into a list."
+        )
     if isinstance(batches, Iterator):
         batches = list(batches)
     watched = as_function(model, variables, apply_kwargs)
-    given, everywhere = _first_given(watched, batches)
-    see = jax.jit(partial(watched.see, everywhere=everywhere))
-
-    whole: Network[Whole] = {}
-    for _ in range(sum(seen.ddof.size for calls in given.values() for seen in calls)):
-        parts = [_each(_values, see(watched.variables, given, batch)) for batch in batches]
-        if not parts:
+    observe, known = _first_pass(watched, batches)
+    passes = 1
+    while passes < sum(call.ddof.size for calls in known.values() for call in calls):
+        before, known = known, reduce(_union, map(partial(observe, known), batches), {})
+        passes += 1
+        if not known:
             raise ValueError(
                 "batches were used up by the first pass over them: give a list, or an iterable "
                 "that begins anew with each iter()."
             )
-        whole = reduce(partial(_each, pooled), parts)
-        before, given = given, _each(_given, whole, given)
-        if jax.tree.all(jax.tree.map(np.array_equal, given, before)):
+        if _equal(known, before):
             break
-    return watched.with_statistics(_written(watched.statistics, whole))
+    return watched.with_statistics(_written(watched.statistics, known))
 
 
-def merge(
-    states: Sequence[Tree], counts: Sequence[Any], *, running_variance: Estimator = "unbiased"
-) -> Tree:
-    r"""The state of all data, from states that were each found on a part of it.
-
-    With the number of values :math:`n_i`, the mean :math:`\mu_i` and the biased variance
-    :math:`\sigma_i^2` of part :math:`i`, the mean and biased variance of the whole are
-
-    .. math::
-
-        n = \sum_i n_i, \quad \mu = \frac{1}{n} \sum_i n_i \mu_i, \quad
-        \sigma^2 = \frac{1}{n} \sum_i n_i \left(\sigma_i^2 + (\mu_i - \mu)^2\right)
-
-    summed in float64. An unbiased variance is the biased one times :math:`n / (n - 1)`, before and
-    after. What is exact for the parts is exact for the whole.
-
-    Args:
-      states: of one layer, a mapping with `mean`, `var` and, optionally, `count`; or a tree of
-        such, as `variables["batch_stats"]` and `nnx.state(model, nnx.BatchStat)` are. All of the
-        same structure and shapes.
-      counts: for each state the number of values per feature that it was found on. In a tree the
-        layers may differ, the shape of images for one: a tree of numbers then, that begins as the
-        state does. A part of no values counts for nothing, NaN in its state included.
-      running_variance: the estimator that the states hold, and the result.
-
-    Returns:
-      A state of the structure, shapes and dtypes of the first. Each `count` is the sum.
-
-    Raises:
-      ValueError: no state, or another number of counts; states of different structures or shapes;
-        a count that is negative or no integer; no value at all, or a single one where the variance
-        is unbiased.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> x = jnp.array([[0.0], [2.0], [4.0], [6.0], [8.0]])
-      >>> states = [{"mean": part.mean(0), "var": part.var(0, ddof=1)} for part in (x[:3], x[3:])]
-      >>> merge(states, [3, 2])
-      {'mean': Array([4.], dtype=float32), 'var': Array([10.], dtype=float32)}
-      >>> print(x.var(0, ddof=1))
-      [10.]
-
-    Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
-    Sample Variances", 1979.
-    """
-    _checks.estimator("running_variance", running_variance)
-    if len(states) == 0 or len(counts) != len(states):
-        raise ValueError(
-            f"states and counts must be as many, and at least one, got {len(states)} states and "
-            f"{len(counts)} counts."
-        )
-    structure = jax.tree.structure(states[0])
-    for state in states[1:]:
-        if jax.tree.structure(state) != structure:
-            raise ValueError(
-                f"states must have one structure, got {structure} and {jax.tree.structure(state)}."
-            )
-    parts = [jax.tree.leaves(state) for state in states]
-    numbers = [
-        jax.tree.leaves(jax.tree.broadcast(count, state))
-        for count, state in zip(counts, states, strict=True)
-    ]
-    ddof = int(running_variance == "unbiased")
-
-    merged = list(parts[0])
-    for layer, places in layers_of(states[0]).items():
-        if not {"mean", "var"} <= places.keys() <= {"mean", "var", "count"}:
-            raise ValueError(
-                f"states must have 'mean' and 'var' in each layer, and may have 'count', got "
-                f"{sorted(map(str, places))}{where(layer)}."
-            )
-        for name, place in places.items():
-            shapes = [np.shape(leaves[place]) for leaves in parts]
-            if len(set(shapes)) > 1:
-                raise ValueError(
-                    f"states must have the same shapes, got {', '.join(map(str, shapes))} for "
-                    f"{name!r}{where(layer)}."
-                )
-        mean, var = places["mean"], places["var"]
-        whole = reduce(
-            pooled,
-            (
-                part(_number(number[mean]), leaves[mean], leaves[var], ddof)
-                for number, leaves in zip(numbers, parts, strict=True)
-            ),
-        )
-        if np.all(whole.n <= ddof):
-            raise ValueError(
-                f"counts must add up to {ddof + 1} at least, where the running variance is "
-                f"{running_variance}, got {int(np.max(whole.n, initial=0))}{where(layer)}."
-            )
-        merged[mean], merged[var] = tracked(whole, parts[0][mean], parts[0][var])
-        if "count" in places:
-            merged[places["count"]] = sum(leaves[places["count"]] for leaves in parts)
-    return jax.tree.unflatten(structure, merged)
-
-
-def _first_given(model: Model, batches: Iterable[Any]) -> tuple[Network[Seen], bool]:
-    """Statistics of no values for each call, and whether to watch layers in evaluation mode too."""
-    first = next(iter(batches), None)
-    if first is None:
+def _first_pass(model: Model, batches: Iterable[Any]) -> tuple[Pass, Network[Statistics]]:
+    """Find out which layers to observe, all or those that train, and what they observe."""
+    train_only, every = _observer(model, everywhere=False), _observer(model, everywhere=True)
+    training: Network[Statistics] = {}
+    all_modes: Network[Statistics] = {}
+    batch = None
+    for batch in batches:
+        training = _union(training, train_only({}, batch))
+        if not training:
+            all_modes = _union(all_modes, every({}, batch))
+    if batch is None:
         raise ValueError("batches must hold at least one batch, got none.")
-    for everywhere in (False, True):
-        see = partial(model.see, everywhere=everywhere)
-        calls = jax.eval_shape(see, model.variables, {}, first)
-        if calls:
-            return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), calls), everywhere
-    raise ValueError(
-        "model must have a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx, and call "
-        "it; got one that calls none."
-    )
+    if not (training or all_modes):
+        raise ValueError(
+            "model must have a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx, and "
+            "call it; got one that calls none."
+        )
+    return (train_only, training) if training else (every, all_modes)
 
 
-def _each(function: Callable[..., Any], *networks: Network[Any]) -> Network[Any]:
-    """The function of each call."""
-    first, *others = networks
-    return {
-        layer: tuple(map(function, calls, *(other[layer] for other in others)))
-        for layer, calls in first.items()
-    }
+def _observer(model: Model, everywhere: bool) -> Pass:
+    def run(variables, given, arrays, constants):
+        return model.observe(variables, given, join(arrays, constants), everywhere)
+
+    compiled = jax.jit(run, static_argnums=3)
+
+    def observe(known: Network[Statistics], batch: Any) -> Network[Statistics]:
+        arrays, constants = split(batch)
+        # Each batch is given all its calls and no other, so that it is compiled only once.
+        shapes = compiled.eval_shape(model.variables, {}, arrays, constants)
+        if not shapes:
+            return {}
+        given = {
+            layer: tuple(
+                _given(whole, like)
+                for whole, like in zip_longest(known.get(layer, ())[: len(calls)], calls)
+            )
+            for layer, calls in shapes.items()
+        }
+        observed = compiled(model.variables, given, arrays, constants)
+        return {layer: tuple(map(_statistics, calls)) for layer, calls in observed.items()}
+
+    return observe
 
 
-def _values(seen: Seen) -> Whole:
-    n, shift, mean, var = (np.asarray(value, np.float64) for value in seen[:4])
-    return Whole(n, shift + mean, var, np.asarray(seen.ddof))
+def _union(a: Network[Statistics], b: Network[Statistics]) -> Network[Statistics]:
+    """Merge call by call. Each may have layers and calls that the other has not."""
+
+    def of_layer(one: tuple[Statistics, ...], other: tuple[Statistics, ...]) -> Any:
+        shared = tuple(map(merged, one, other))
+        return shared + (one[len(shared) :] or other[len(shared) :])
+
+    return {layer: of_layer(a.get(layer, ()), b.get(layer, ())) for layer in {**a, **b}}
 
 
-def _given(whole: Whole, like: Seen) -> Seen:
-    """What normalizes the next pass: the mean as a number, and what that number lacks."""
+def _equal(a: Network[Statistics], b: Network[Statistics]) -> bool:
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def _statistics(observed: Observed) -> Statistics:
+    n, shift, mean, var = (np.asarray(value, np.float64) for value in observed[:4])
+    return Statistics(n, shift + mean, var, np.asarray(observed.ddof))
+
+
+def _given(whole: Statistics | None, like: Any) -> Observed:
+    """Return what normalizes a call in the next pass, its mean as an unevaluated sum of two floats.
+
+    A call that nothing is known of is given no values, and normalizes with its own.
+    """
     dtype = like.mean.dtype
+    if whole is None:
+        zeros = np.zeros(like.mean.shape, dtype)
+        return Observed(zeros, zeros, zeros, zeros, np.zeros(like.ddof.shape, like.ddof.dtype))
     with np.errstate(over="ignore", invalid="ignore"):
         shift = whole.mean.astype(dtype)
         rest = (whole.mean - shift).astype(dtype)
-        return Seen(whole.n.astype(dtype), shift, rest, whole.var.astype(dtype), whole.ddof)
+        return Observed(whole.n.astype(dtype), shift, rest, whole.var.astype(dtype), whole.ddof)
 
 
-def _written(statistics: Tree, calls: Network[Whole]) -> Tree:
-    """The tree of statistics with those of the calls."""
+def _written(statistics: Tree, calls: Network[Statistics]) -> Tree:
+    """Return the tree of statistics with those of the calls."""
     leaves, structure = jax.tree.flatten(statistics)
     layers = layers_of(statistics)
-    for layer, seen in calls.items():
-        whole, places = reduce(pooled, seen), layers.get(layer, {})
+    wholes = {layer: reduce(merged, of_layer) for layer, of_layer in calls.items()}
+    if not any(np.any(whole.n > 0) for whole in wholes.values()):
+        raise ValueError(
+            "batches hold no value that counts: they are empty, or masked out altogether."
+        )
+    for layer, whole in wholes.items():
+        places = layers.get(layer, {})
         if not {"mean", "var"} <= places.keys():
             raise ValueError(f"variables have no 'mean' and 'var'{where(layer)}.")
         if np.max(whole.n, initial=0) == 1 and whole.ddof.flat[0] == 1:
@@ -256,7 +221,7 @@ def _written(statistics: Tree, calls: Network[Whole]) -> Tree:
                 f"variance; give more values, or the layer running_variance='biased'."
             )
         mean, var = places["mean"], places["var"]
-        leaves[mean], leaves[var] = new = tracked(whole, leaves[mean], leaves[var])
+        leaves[mean], leaves[var] = new = to_state(whole, leaves[mean], leaves[var])
         kept = (whole.n <= whole.ddof.flat[0]).reshape(np.shape(new[0]))
         if not all(np.all(np.isfinite(leaf) | kept) for leaf in new):
             raise ValueError(
@@ -264,10 +229,3 @@ def _written(statistics: Tree, calls: Network[Whole]) -> Tree:
                 f"infinity or values that overflow in them and in the weights."
             )
     return jax.tree.unflatten(structure, leaves)
-
-
-def _number(count: Any) -> float:
-    number = float(count)
-    if not (number >= 0 and number.is_integer()):
-        raise ValueError(f"counts must be integers, 0 at least, got {count!r}.")
-    return number

@@ -12,7 +12,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from jaxbn import PYTORCH
 from jaxbn.calibrate import recalibrate
+from jaxbn.linen import BatchNorm
 from train_examples.digits.config import Config
 from train_examples.digits.data import Dataset, load
 from train_examples.digits.model import ConvNet
@@ -59,7 +61,7 @@ class AveragingStep:
 
 def compare(config: Config) -> list[Case]:
     """Trains as `config` says, in a folder that is removed; averages the last half of the steps."""
-    model = network(config)
+    model = network(config).clone(norm=partial(BatchNorm, **PYTORCH))
     images = len(load(config.dataset, config.data_dir).train_images)
     step = AveragingStep(config.epochs * (images // config.batch_size) // 2)
     with tempfile.TemporaryDirectory() as folder:
