@@ -158,15 +158,6 @@ def test_new_run_keeps_old_checkpoints(run):
     assert sorted(out.rglob("*")) == before
 
 
-def test_interrupt_says_how_to_go_on(monkeypatch, tmp_path):
-    def interrupted(config):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "train", interrupted)
-    with pytest.raises(SystemExit, match="goes on after the last whole epoch"):
-        command.main(["--out", str(tmp_path)])
-
-
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -1,18 +1,17 @@
-"""The digits example's data: batches, and the readers of MNIST's and CIFAR-10's files."""
+"""The digits example's data: batches, and the reader of MNIST's files."""
 
 import gzip
-import pickle
 import struct
 
 import numpy as np
 import pytest
 
-from train_examples.digits import cifar10, data, mnist
+from tests.file_outcome import outcome
+from train_examples.digits import data, mnist
 from train_examples.digits.config import UserError
 
 RNG = np.random.default_rng(0)
 MNIST_IMAGES = RNG.integers(0, 256, (7, 28, 28), np.uint8)
-CIFAR_IMAGES = RNG.integers(0, 256, (3, 3, 32, 32), np.uint8)
 
 
 # Batches.
@@ -121,11 +120,19 @@ IDX = idx(MNIST_IMAGES[:5])
             "is truncated: the shape (5, 28, 28) in its header needs 3936 bytes, it has 3935",
         ),
         (IDX + b"\0", "is too long: the shape (5, 28, 28) in its header needs 3936 bytes"),
-        (IDX[:9], "is truncated"),
+        (IDX[:9], "is truncated: it ends in its header, after 9 bytes."),
         (b"", "it begins with nothing, not 00 00 08 03"),
         (b"\0\0\x0d\3" + IDX[4:], "it begins with 00 00 0d 03, not 00 00 08 03"),
-        # A header that claims more than any memory holds.
-        (b"\0\0\x08\3" + b"\xff" * 12, "is truncated"),
+        # Headers that claim more than any memory holds, or than NumPy can express.
+        (
+            b"\0\0\x08\3" + b"\xff" * 12,
+            "is too large: the shape (4294967295, 4294967295, 4294967295) in its header needs "
+            "79228162458924105385300197391 bytes, at most 1073741824 are read.",
+        ),
+        (
+            b"\0\0\x08\3" + b"\0" * 4 + b"\xff" * 8,
+            "is empty: the shape in its header is (0, 4294967295, 4294967295).",
+        ),
         (idx(np.zeros((5, 3, 3), np.uint8)), "must have images of shape (28, 28), it has (3, 3)"),
         (idx(MNIST_IMAGES[:4]), "they have 4 images and 5 labels"),
     ],
@@ -139,6 +146,42 @@ def test_mnist_malformed(tmp_path, content, message):
     assert mnist.TRAIN[0] in str(error.value)
 
 
+TOO_LONG = gzip.compress(IDX + bytes(1000 * len(IDX)), mtime=0)
+TOO_SHORT = gzip.compress(IDX[:-1], mtime=0)
+# Declares ten thousand times as much as it has.
+FALSE_HEADER = gzip.compress(struct.pack(">4B3I", 0, 0, 8, 3, 50_000, 28, 28) + IDX[16:], mtime=0)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (TOO_LONG, "too long: the shape (5, 28, 28) in its header needs 3936 bytes, it has more."),
+        (
+            TOO_SHORT,
+            "truncated: the shape (5, 28, 28) in its header needs 3936 bytes, it has 3935.",
+        ),
+        (
+            FALSE_HEADER,
+            f"truncated: the shape (50000, 28, 28) in its header needs 39200016 bytes, it has at "
+            f"most {1032 * len(FALSE_HEADER)}.",
+        ),
+    ],
+    ids=["too long", "too short", "false header"],
+)
+def test_mnist_reads_no_more_than_the_header_declares(tmp_path, content, message):
+    path = tmp_path / "images.gz"
+    path.write_bytes(content)
+    text, allocated = outcome(mnist.read_idx, path, 3)
+    assert text == f"{path} is {message}"
+    # The buffers of gzip and of the file.
+    assert allocated < 2**19
+
+
+def test_mnist_that_cannot_be_read(tmp_path):
+    text, _ = outcome(mnist.read_idx, tmp_path / "idx", 3)
+    assert text == f"{tmp_path / 'idx'} cannot be read: No such file or directory."
+
+
 def test_mnist_bad_label(tmp_path):
     write_mnist(tmp_path)
     (tmp_path / mnist.TEST[1]).write_bytes(idx(np.array([3, 10], np.uint8)))
@@ -147,7 +190,7 @@ def test_mnist_bad_label(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [gzip.compress(IDX)[:-20], IDX, b"\x1f\x8b\x08\0" + b"\xff" * 40]
+    "content", [gzip.compress(IDX, mtime=0)[:-20], IDX, b"\x1f\x8b\x08\0" + b"\xff" * 40]
 )
 def test_mnist_damaged_gzip(tmp_path, content):
     write_mnist(tmp_path, compressed=True)
@@ -156,130 +199,3 @@ def test_mnist_damaged_gzip(tmp_path, content):
     with pytest.raises(UserError) as error:
         data.load("mnist", tmp_path)
     assert str(error.value).startswith(f"{path} is damaged or not a gzip file: ")
-
-
-# CIFAR-10.
-
-
-def python2_pickle(images, labels):
-    """A batch byte by byte as Python 2 wrote it: protocol 2, byte strings, NumPy's old modules."""
-
-    def string(value):
-        return b"U" + bytes([len(value)]) + value
-
-    pixels = images.tobytes()
-    return b"".join(
-        (
-            b"\x80\x02}(",
-            string(b"batch_label") + string(b"training batch 1 of 5"),
-            string(b"labels") + b"](" + b"".join(b"K" + bytes([n]) for n in labels) + b"e",
-            string(b"data"),
-            b"cnumpy.core.multiarray\n_reconstruct\n",
-            b"cnumpy\nndarray\nK\0\x85" + string(b"b") + b"\x87R",
-            b"(K\1K" + bytes([len(images)]) + b"M\x00\x0c\x86",
-            b"cnumpy\ndtype\n" + string(b"u1") + b"K\0K\1\x87R",
-            b"(K\3" + string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb",
-            b"\x89T" + struct.pack("<I", len(pixels)) + pixels + b"tb",
-            b"u.",
-        )
-    )
-
-
-def write_cifar10(folder):
-    folder.mkdir()
-    for number, name in enumerate((*cifar10.TRAIN, *cifar10.TEST)):
-        labels = [number, 9, 0]
-        (folder / name).write_bytes(python2_pickle(CIFAR_IMAGES, labels))
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_cifar10_round_trips(tmp_path, inside):
-    folder = tmp_path / cifar10.FOLDER
-    write_cifar10(folder)
-    dataset = data.load("cifar10", folder if inside else tmp_path)
-    assert dataset.train_images.shape == (15, 32, 32, 3)
-    assert dataset.train_images.dtype == np.float32
-    np.testing.assert_array_equal(
-        np.rint(dataset.test_images.transpose(0, 3, 1, 2) * 255), CIFAR_IMAGES
-    )
-    np.testing.assert_array_equal(dataset.train_labels[::3], [0, 1, 2, 3, 4])
-    np.testing.assert_array_equal(dataset.test_labels, [5, 9, 0])
-
-
-def test_cifar10_written_by_this_numpy(tmp_path):
-    path = tmp_path / "batch"
-    matrix = CIFAR_IMAGES.reshape(3, -1)
-    path.write_bytes(pickle.dumps({b"data": matrix, b"labels": [0, 1, 2]}, protocol=3))
-    images, labels = cifar10.read_batch(path)
-    np.testing.assert_array_equal(images.transpose(0, 3, 1, 2), CIFAR_IMAGES)
-    np.testing.assert_array_equal(labels, [0, 1, 2])
-
-
-def test_cifar10_missing(tmp_path):
-    folder = tmp_path / cifar10.FOLDER
-    write_cifar10(folder)
-    (folder / "data_batch_3").unlink()
-    with pytest.raises(UserError) as error:
-        data.load("cifar10", tmp_path)
-    assert str(error.value) == (
-        f"not found in {folder}: data_batch_3. They are the files of the Python version of "
-        f"CIFAR-10 by Krizhevsky; unpack its archive, and give the folder that holds "
-        f"cifar-10-batches-py as --data-dir."
-    )
-
-
-class Touch:
-    """Unpickled as usual, creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_a_malicious_pickle_runs_nothing(tmp_path):
-    evidence = tmp_path / "evidence"
-    path = tmp_path / "batch"
-    path.write_bytes(pickle.dumps({b"data": Touch(evidence), b"labels": []}, protocol=3))
-    pickle.loads(path.read_bytes()).get(b"data").close()
-    assert evidence.exists(), "the pickle is harmless, and the test shows nothing"
-    evidence.unlink()
-
-    with pytest.raises(UserError) as error:
-        cifar10.read_batch(path)
-    assert str(error.value).startswith(f"{path} asks for ")
-    assert str(error.value).endswith(
-        ".open, which no file of CIFAR-10 needs and which could run code; it was not loaded."
-    )
-    assert not evidence.exists()
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (python2_pickle(CIFAR_IMAGES, [1, 2, 3])[:200], "is damaged or not a pickle: "),
-        (b"", "is damaged or not a pickle: "),
-        (b"hello", "is damaged or not a pickle: "),
-        (python2_pickle(CIFAR_IMAGES, [1, 2]), "b'labels' must be a list of 3, one for each image"),
-        (python2_pickle(CIFAR_IMAGES, [1, 2, 10]), "b'labels' must be integers from 0 to 9"),
-        (pickle.dumps([1, 2]), "must hold a dict with the keys b'data' and b'labels'"),
-        (pickle.dumps({b"labels": []}), "must hold a dict with the keys b'data' and b'labels'"),
-        (pickle.dumps({b"data": 1, b"labels": []}), "b'data' must be a matrix of unsigned bytes"),
-        (
-            pickle.dumps({b"data": np.zeros((1, 3), np.uint8), b"labels": [0]}, protocol=3),
-            "b'data' must have the shape (N, 3072), it has (1, 3)",
-        ),
-        (
-            pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [0]}, protocol=3),
-            "asks for the dtype 'f8'; CIFAR-10 needs unsigned bytes alone",
-        ),
-    ],
-)
-def test_cifar10_malformed(tmp_path, content, message):
-    path = tmp_path / "batch"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        cifar10.read_batch(path)
-    assert str(error.value).startswith(str(path))
-    assert message in str(error.value)

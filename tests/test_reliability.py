@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+from train_examples.digits import __main__ as command
 from train_examples.digits import checkpoint
+from train_examples.digits import train as training
 from train_examples.digits.config import Config, UserError
-from train_examples.digits.train import train
+from train_examples.digits.train import ONE_DEVICE, train
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 5
@@ -99,6 +102,18 @@ DAMAGE = {
 }
 
 
+def restored_with(config, wanted):
+    """Restores as a resumed run does, into a state like the `wanted` result's."""
+    config = replace(config, resume=True)
+    with checkpoint.open_manager(config) as manager:
+        return checkpoint.restore(manager, wanted.state, config)
+
+
+def assert_is_before_the_last(state, history, wanted):
+    assert history.test_accuracy == wanted.history.test_accuracy[:-1]
+    assert int(state.step) == int(wanted.state.step) * (EPOCHS - 1) // EPOCHS
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, capsys, damage):
     wanted, config = whole
@@ -109,47 +124,91 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     ]
     for path in files(out, EPOCHS):
         DAMAGE[damage](path)
-    result = restored(out)
+    state, history = restored_with(replace(config, out=out), wanted)
     error = capsys.readouterr().err
     assert f"the checkpoint of epoch {EPOCHS} in {out} is damaged (" in error
     assert error.rstrip().endswith(f"going on from that of epoch {EPOCHS - 1}.")
-    assert_same(result, wanted)
+    assert_is_before_the_last(state, history, wanted)
 
 
-def test_numbers_that_changed_on_the_disk_are_noticed(whole, tmp_path, capsys):
+def edit(path, change):
+    """Changes what a file of JSON holds."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def renamed_key(history):
+    history["test_accuracies"] = history.pop("test_accuracy")
+
+
+EDITS = {
+    "history": lambda folder: edit(
+        folder / "history" / "metadata", lambda history: history["loss"].reverse()
+    ),
+    "renamed key": lambda folder: edit(folder / "history" / "metadata", renamed_key),
+    "options": lambda folder: edit(
+        folder / "options" / "metadata", lambda options: options.update(seed=3)
+    ),
+    "checksum": lambda folder: edit(
+        folder / "checksums" / "metadata", lambda sums: sums.update(state=sums["notes"])
+    ),
+    "history gone": lambda folder: shutil.rmtree(folder / "history"),
+    "history empty": lambda folder: (folder / "history" / "metadata").write_text("null"),
+    "another epoch's": lambda folder: (
+        shutil.rmtree(folder),
+        shutil.copytree(folder.with_name(str(EPOCHS - 1)), folder),
+    ),
+}
+NOTES = "its history or options are not those that were written"
+REASONS = {
+    "history": NOTES,
+    "renamed key": NOTES,
+    "options": NOTES,
+    "checksum": "its numbers are not those that were written",
+    "history gone": (
+        '\'Item "history" was not found in the checkpoint. Available items: '
+        "[\\'options\\', \\'state\\', \\'checksums\\']'"
+    ),
+    "history empty": NOTES,
+    "another epoch's": f"it is that of epoch {EPOCHS - 1}",
+}
+
+
+@pytest.mark.parametrize("part", EDITS)
+def test_what_changed_on_the_disk_is_noticed(whole, tmp_path, capsys, part):
     wanted, config = whole
-    out = copy_of(config.out, tmp_path / "out")
-    (digest,) = (
-        path for path in files(out, EPOCHS) if '{"sha256": ' in path.read_text(errors="ignore")
+    config = replace(config, out=copy_of(config.out, tmp_path / "out"))
+    EDITS[part](config.out / "checkpoints" / str(EPOCHS))
+    state, history = restored_with(config, wanted)
+    assert capsys.readouterr().err == (
+        f"the checkpoint of epoch {EPOCHS} in {config.out} is damaged ({REASONS[part]}); going on "
+        f"from that of epoch {EPOCHS - 1}.\n"
     )
-    stored = json.loads(digest.read_text())
-    digest.write_text(json.dumps({"sha256": stored["sha256"][::-1]}))
-    assert_same(restored(out), wanted)
-    assert "(its numbers are not those that were written)" in capsys.readouterr().err
-    # Written anew, it can be gone on with.
-    assert_same(restored(out), wanted)
-    assert "damaged" not in capsys.readouterr().err
+    assert_is_before_the_last(state, history, wanted)
+    # It is removed, so that it can be written anew.
+    assert not (config.out / "checkpoints" / str(EPOCHS)).exists()
 
 
 def test_where_no_checkpoint_is_whole_the_error_says_so(whole, tmp_path):
-    _, config = whole
+    wanted, config = whole
     out = copy_of(config.out, tmp_path / "out")
     for epoch in (EPOCHS - 1, EPOCHS):
         for path in files(out, epoch):
             DAMAGE["removed"](path)
     before = sorted((out / "checkpoints").rglob("*"))
     with pytest.raises(UserError) as caught:
-        restored(out)
+        restored_with(replace(config, out=out), wanted)
     text = str(caught.value)
     assert text.startswith(f"--resume: no checkpoint in {out} is whole (that of epoch {EPOCHS}: ")
     assert text.endswith("Start a new run in another folder.")
     assert sorted((out / "checkpoints").rglob("*")) == before  # nothing is removed
 
 
-def test_the_digest_sees_every_leaf():
+def test_the_checksum_covers_every_leaf():
     state = {"a": np.arange(3.0), "b": np.float32(1)}
-    digests = {
-        checkpoint._digest(one)
+    checksums = {
+        checkpoint._checksum(one)
         for one in (
             state,
             {**state, "a": np.array([0, 1, -2.0])},
@@ -159,4 +218,38 @@ def test_the_digest_sees_every_leaf():
             {**state, "a": state["a"][:, None]},
         )
     }
-    assert len(digests) == 6
+    assert len(checksums) == 6
+
+
+def test_a_run_that_is_interrupted(whole, tmp_path, monkeypatch, capsys):
+    wanted, config = whole
+    last = int(wanted.state.step) * 2 // EPOCHS + 1
+
+    def step(state, images, labels):
+        if int(state.step) == last:
+            raise KeyboardInterrupt
+        return ONE_DEVICE.step(state, images, labels)
+
+    monkeypatch.setattr(training, "ONE_DEVICE", ONE_DEVICE._replace(step=step))
+    options = ["--epochs", str(EPOCHS), "--batch-size", str(config.batch_size)]
+    with pytest.raises(SystemExit) as exit_info:
+        command.main([*options, "--out", str(tmp_path)])
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == (
+        "stopped; the same command with --resume goes on after the last whole epoch.\n"
+    )
+    monkeypatch.undo()
+    assert_same(restored(tmp_path), wanted)
+
+
+def test_a_run_that_is_interrupted_before_its_first_checkpoint(tmp_path, monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        command.main(["--out", str(tmp_path)])
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == (
+        "stopped; no epoch was whole yet, so start the same command again.\n"
+    )

@@ -1,80 +1,84 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped."""
 
 import hashlib
+import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from train_examples.digits import storage
 from train_examples.digits.config import Config, UserError
 from train_examples.digits.history import History
 
 
-def open_manager(config: Config) -> ocp.CheckpointManager:
-    """Orbax's manager of the checkpoints in `config.out`.
+@contextmanager
+def open_manager(config: Config) -> Iterator[ocp.CheckpointManager]:
+    """Yield Orbax's manager of the checkpoints in `config.out`, which this run holds alone.
 
     A resumed run must find a checkpoint there; a new run none.
     """
-    folder = config.out.resolve() / "checkpoints"
-    nothing = UserError(
-        f"--resume: there is no checkpoint in {config.out}; name the folder of the run to go on "
-        f"with by --out, or start a new run without --resume."
-    )
-    if config.resume and not folder.is_dir():
-        raise nothing
-    # An epoch takes longer than writing its checkpoint, and a written one is safe.
-    manager = ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
-    )
-    if config.resume:
-        if manager.latest_step() is None:
-            raise nothing
-    elif manager.latest_step() is not None:
-        raise UserError(
-            f"--out {config.out} has checkpoints of an earlier run: go on with it by --resume, or "
-            f"name another folder."
-        )
-    return manager
+    with ExitStack() as stack:
+        with storage.writing("checkpoints", config.out):
+            if config.resume and not has_checkpoint(config.out):
+                raise UserError(
+                    f"--resume: there is no checkpoint in {config.out}; name the folder of the run "
+                    f"to go on with by --out, or start a new run without --resume."
+                )
+            if jax.process_index() == 0:  # on behalf of all processes of a run
+                stack.enter_context(storage.locked(config.out))
+            if not config.resume and has_checkpoint(config.out):
+                raise UserError(
+                    f"--out {config.out} has checkpoints of an earlier run: go on with it by "
+                    f"--resume, or name another folder."
+                )
+            # An epoch takes longer than writing its checkpoint, and a written one is safe.
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+            manager = ocp.CheckpointManager(_folder(config.out), options=options)
+            stack.enter_context(manager)
+        yield manager
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Return whether a run has written a whole checkpoint to the folder `out`."""
+    # Orbax gives a checkpoint its number as a name once it is whole.
+    folder = _folder(out)
+    return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
 
 
 def save(
     manager: ocp.CheckpointManager, epoch: int, state: Any, history: History, config: Config
 ) -> None:
-    """Writes the checkpoint of an epoch whole, or not at all; the one before stays beside it."""
-    manager.save(
-        epoch,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            history=ocp.args.JsonSave(asdict(history)),
-            options=ocp.args.JsonSave(config.decisive()),
-            digest=ocp.args.JsonSave({"sha256": _digest(state)}),
-        ),
-    )
+    """Write the checkpoint of an epoch whole, or not at all; the one before stays beside it."""
+    notes = {"history": asdict(history), "options": config.decisive()}
+    checksums = {"state": _checksum(state), "notes": _checksum_of_json(notes)}
+    with storage.writing(f"the checkpoint of epoch {epoch}", config.out):
+        manager.save(
+            epoch,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                checksums=ocp.args.JsonSave(checksums),
+                **{name: ocp.args.JsonSave(note) for name, note in notes.items()},
+            ),
+        )
 
 
 def restore(manager: ocp.CheckpointManager, like: Any, config: Config) -> tuple[Any, History]:
-    """State, of the structure of `like`, and history of the latest checkpoint that is whole.
+    """Return state, of the structure of `like`, and history of the latest whole checkpoint.
 
-    One that is not is named on stderr and removed, so that its epoch can be written again.
+    One that is not whole is named on stderr and removed, so that its epoch can be written again.
     """
     broken = []
     for epoch in sorted(manager.all_steps(), reverse=True):
         try:
-            _check_options(manager, epoch, config)
-            restored = manager.restore(
-                epoch,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(like),
-                    history=ocp.args.JsonRestore(),
-                    digest=ocp.args.JsonRestore(),
-                ),
-            )
-            if restored["digest"]["sha256"] != _digest(restored["state"]):
-                raise ValueError("its numbers are not those that were written")
+            state, history = _restore_epoch(manager, epoch, like, config)
         except UserError:
             raise
         except Exception as error:  # whatever the libraries beneath make of a damaged file
@@ -87,8 +91,9 @@ def restore(manager: ocp.CheckpointManager, like: Any, config: Config) -> tuple[
                 f"on from that of epoch {epoch}.",
                 file=sys.stderr,
             )
-            manager.delete(damaged)
-        return restored["state"], History(**restored["history"])
+            with storage.writing("checkpoints", config.out):
+                manager.delete(damaged)
+        return state, history
     reasons = "; ".join(f"that of epoch {epoch}: {reason}" for epoch, reason in broken)
     raise UserError(
         f"--resume: no checkpoint in {config.out} is whole ({reasons}). Start a new run in another "
@@ -96,8 +101,29 @@ def restore(manager: ocp.CheckpointManager, like: Any, config: Config) -> tuple[
     )
 
 
-def _digest(state: Any) -> str:
-    """A checksum of every bit of the state."""
+def _restore_epoch(
+    manager: ocp.CheckpointManager, epoch: int, like: Any, config: Config
+) -> tuple[Any, History]:
+    """Return what the checkpoint of an epoch holds, if that is what was written."""
+    args = {name: ocp.args.JsonRestore() for name in ("history", "options", "checksums")}
+    restored = manager.restore(epoch, args=ocp.args.Composite(**args))
+    notes = {name: restored[name] for name in ("history", "options")}
+    if restored["checksums"]["notes"] != _checksum_of_json(notes):
+        raise ValueError("its history or options are not those that were written")
+    _check_options(notes["options"], config)
+    history = History(**notes["history"])
+    if len(history.test_accuracy) != epoch:
+        raise ValueError(f"it is that of epoch {len(history.test_accuracy)}")
+
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+    state = manager.restore(epoch, args=args)["state"]
+    if restored["checksums"]["state"] != _checksum(state):
+        raise ValueError("its numbers are not those that were written")
+    return state, history
+
+
+def _checksum(state: Any) -> str:
+    """Return a checksum of every bit of the state."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         values = np.asarray(jax.numpy.asarray(leaf))  # a step that is a Python number, too
@@ -106,9 +132,11 @@ def _digest(state: Any) -> str:
     return sha.hexdigest()
 
 
-def _check_options(manager: ocp.CheckpointManager, epoch: int, config: Config) -> None:
-    args = ocp.args.Composite(options=ocp.args.JsonRestore())
-    stored = manager.restore(epoch, args=args)["options"]
+def _checksum_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _check_options(stored: dict[str, Any], config: Config) -> None:
     differing = [
         f"--{name.replace('_', '-')} is {given}, the checkpoint has {stored.get(name)}"
         for name, given in config.decisive().items()
@@ -119,3 +147,7 @@ def _check_options(manager: ocp.CheckpointManager, epoch: int, config: Config) -
             f"--resume needs the options that the run in {config.out} began with, as the data "
             f"order and the learning rate's schedule follow from them: {'; '.join(differing)}."
         )
+
+
+def _folder(out: Path) -> Path:
+    return out.resolve() / "checkpoints"

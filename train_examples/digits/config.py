@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ class Config:
             )
         if self.dataset != "digits" and self.data_dir is None:
             raise UserError(f"--dataset {self.dataset} needs --data-dir, the folder of its files.")
-        if self.out.exists() and not self.out.is_dir():
+        # Whatever else is wrong with the path shows when something is written there.
+        if os.path.isfile(self.out):
             raise UserError(f"--out {self.out} is a file; it must be a folder, or not exist yet.")
 
     def decisive(self) -> dict[str, Any]:

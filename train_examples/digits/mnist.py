@@ -1,9 +1,12 @@
-"""Reads the four IDX files of MNIST, plain or compressed."""
+"""Read the four IDX files of MNIST, plain or compressed."""
 
 import gzip
+import math
+import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -11,10 +14,16 @@ from train_examples.digits.config import UserError
 
 TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+# Bytes of the first four, and of each size.
+HEADER = 4
+# Bytes; the largest set in this format, EMNIST, has half as many.
+LARGEST = 2**30
+# Deflate cannot do better: https://zlib.net/zlib_tech.html.
+MOST_PER_COMPRESSED_BYTE = 1032
 
 
 def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Images, uint8 of shape (N, 28, 28, 1), and labels: training, then test."""
+    """Return images, uint8 of shape (N, 28, 28, 1), and labels: training, then test."""
     found = {name: _find(data_dir, name) for name in TRAIN + TEST}
     paths = {name: path for name, path in found.items() if path is not None}
     missing = [name for name in found if name not in paths]
@@ -28,27 +37,54 @@ def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 def read_idx(path: Path, rank: int) -> np.ndarray:
-    """The unsigned bytes of an IDX file of a known number of axes."""
+    """Return the unsigned bytes of an IDX file with a known number of axes.
+
+    The header is read first, and then at most as many bytes as it declares, once the file is large
+    enough to hold them.
+    """
+    compressed = path.suffix == ".gz"
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if compressed else path.open("rb") as file:
+            shape = _read_shape(file, path, rank)
+            size = math.prod(shape)
+            held = path.stat().st_size * (MOST_PER_COMPRESSED_BYTE if compressed else 1)
+            needed = HEADER * (1 + rank) + size
+            declared = f"the shape {shape} in its header needs {needed} bytes"
+            if size > LARGEST:
+                raise UserError(f"{path} is too large: {declared}, at most {LARGEST} are read.")
+            if needed > held:
+                at_most = "at most " if compressed else ""
+                raise UserError(f"{path} is truncated: {declared}, it has {at_most}{held}.")
+            # One more byte shows whether anything follows, and makes gzip check its checksum.
+            data = file.read(size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or not a gzip file: {error}.") from None
-    # Two zeros, 8 for unsigned bytes, the number of axes; then sizes, big-endian.
-    magic = bytes([0, 0, 8, rank])
-    header = 4 + 4 * rank
-    if data[:4] != magic:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    if len(data) < size:
+        raise UserError(f"{path} is truncated: {declared}, it has {needed - size + len(data)}.")
+    if len(data) > size:
+        raise UserError(f"{path} is too long: {declared}, it has more.")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _read_shape(file: BinaryIO | gzip.GzipFile, path: Path, rank: int) -> tuple[int, ...]:
+    """Read the header: two zeros, 8 for unsigned bytes, the number of axes; then the sizes."""
+    magic, wanted = file.read(HEADER), bytes([0, 0, 8, rank])
+    if magic != wanted:
         raise UserError(
             f"{path} is not an IDX file of unsigned bytes with {rank} axes: it begins with "
-            f"{data[:4].hex(' ') or 'nothing'}, not {magic.hex(' ')}."
+            f"{magic.hex(' ') or 'nothing'}, not {wanted.hex(' ')}."
         )
-    shape = tuple(int.from_bytes(data[start : start + 4], "big") for start in range(4, header, 4))
-    wanted = header + int(np.prod(shape, dtype=object))
-    if len(data) != wanted:
+    sizes = file.read(HEADER * rank)
+    if len(sizes) < HEADER * rank:
         raise UserError(
-            f"{path} is {'truncated' if len(data) < wanted else 'too long'}: the shape {shape} in "
-            f"its header needs {wanted} bytes, it has {len(data)}."
+            f"{path} is truncated: it ends in its header, after {HEADER + len(sizes)} bytes."
         )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    shape = struct.unpack(f">{rank}I", sizes)
+    if 0 in shape:
+        raise UserError(f"{path} is empty: the shape in its header is {shape}.")
+    return shape
 
 
 def _find(data_dir: Path, name: str) -> Path | None:
@@ -64,10 +100,10 @@ def _split(
         raise UserError(
             f"{paths[images_name]} must have images of shape (28, 28), it has {images.shape[1:]}."
         )
-    if len(images) != len(labels) or len(images) == 0:
+    if len(images) != len(labels):
         raise UserError(
-            f"{images_name} and {labels_name} in {data_dir} must be of one length, and not empty: "
-            f"they have {len(images)} images and {len(labels)} labels."
+            f"{images_name} and {labels_name} in {data_dir} must be of one length: they have "
+            f"{len(images)} images and {len(labels)} labels."
         )
     if labels.max() > 9:
         raise UserError(
