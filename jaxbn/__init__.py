@@ -1,5 +1,8 @@
 """Batch normalization for JAX and Flax that says which convention it follows."""
 
+import importlib
+import typing
+
 from jaxbn._batch_norm import batch_norm as batch_norm
 from jaxbn._batch_norm import init as init
 from jaxbn._conventions import EXERCISE as EXERCISE
@@ -20,3 +23,24 @@ __all__ = [
     "keep_finite",
 ]
 __version__ = "0.1.0"
+
+# Some of these need Flax, so each is imported where it is first asked for.
+_SUBMODULES = ("calibrate", "convert", "inference", "linen", "nnx", "parity")
+
+if typing.TYPE_CHECKING:
+    from jaxbn import calibrate as calibrate
+    from jaxbn import convert as convert
+    from jaxbn import inference as inference
+    from jaxbn import linen as linen
+    from jaxbn import nnx as nnx
+    from jaxbn import parity as parity
+else:
+
+    def __getattr__(name):
+        if name in _SUBMODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

@@ -104,27 +104,36 @@ def batch_norm(
         \mathrm{running} \leftarrow
             \mathrm{momentum} \cdot \mathrm{running} + (1 - \mathrm{momentum}) \cdot \mathrm{batch}
 
-    In evaluation they are the state's, which stays as it is. The defaults are PyTorch's convention;
-    `FLAX`, `KERAS` and `EXERCISE` are others, to be splatted: `batch_norm(..., **jaxbn.KERAS)`.
+    In evaluation, they are the running mean and variance, and the state is returned unchanged.
+
+    The defaults are those of PyTorch, `PYTORCH`; the layers of `jaxbn.linen` and `jaxbn.nnx` have
+    those of Flax, `FLAX`. To choose a convention, pass it: `batch_norm(..., **jaxbn.KERAS)`.
 
     Args:
       params: a mapping with `scale` and `bias`, either or both of which may be missing. Leaves have
         the features' shape, (C,), or the one that broadcasts against `x`, such as (1, C, 1, 1).
       state: a mapping with `mean`, `var` and, optionally, `count`, of the same shapes (`count` is a
-        scalar). None means that none is kept: the batch's own statistics serve in both modes.
-      x: the input, of any floating dtype, with features on `axis`. In float32 a feature may
-        deviate by up to 1e16 from its mean, which its square does not overflow.
+        scalar of at least 32 bits). None means that none is kept: the batch's own statistics are
+        used in both modes.
+      x: the input, of any floating dtype but float8_e8m0fnu (which has no zero) and float6, with
+        features on `axis`. In float32 a feature may deviate by up to 1e16 from its mean, which its
+        square does not overflow.
       train: whether to use, and to track, the batch's statistics; a Python bool.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
-        weighs all batches so far alike, and needs `count` in the state.
-      epsilon: what is added to the variance, in units of `x` squared.
+        weighs all batches so far alike, and needs `count` in the state. It counts a batch once, for
+        all features and both statistics, so a `mask` must then have size 1 along the features, and
+        `running_variance` must be "biased".
+      epsilon: what is added to the variance, in units of `x` squared; a number that is finite in
+        the dtype of the statistics.
       batch_variance: the estimator that normalizes, "biased" (divided by n) or "unbiased" (n - 1).
       running_variance: the estimator that is tracked.
       axis_name: the mapped axis, or axes, (of `vmap`, `pmap`, `shard_map`) that share statistics.
-        Under `jit` with sharded arrays none is needed. Evaluation does not look at it.
+        Under `jit` with sharded arrays none is needed. Evaluation with a state ignores it. Where
+        `state` is None, evaluation uses the statistics of the batch, so it shares them as training
+        does, and the axis must be bound.
       axis_index_groups: groups of indices of `axis_name` that share statistics, all of one size;
-        by default all do.
+        by default all do. JAX has them in `pmap` and in `shard_map` with `check_vma=False` only.
       mask: booleans that broadcast against `x`, True where a value counts. What lies under False
         touches nothing; the output there is `bias`. A batch without a value that counts leaves the
         state as it is.
@@ -137,7 +146,9 @@ def batch_norm(
     Returns:
       `y`, of the shape of `x`, and the new state, of the shapes of the old. Statistics are computed
       in float32, or float64 where `x` is, and kept in it or in the state's dtype where that is
-      wider. No gradient flows into the new state.
+      wider, whatever the dtypes of `momentum` and `epsilon`. The new state is a mapping of the same
+      kind as the old one (a `FrozenDict` for a `FrozenDict`), or a dict where that kind is not
+      registered as a pytree. No gradient flows into it. Evaluation returns `state` itself.
 
     Raises:
       ValueError: an argument that is out of its range or does not fit the others; one value per
@@ -166,6 +177,8 @@ def batch_norm(
     _checks.estimator("batch_variance", batch_variance)
     _checks.estimator("running_variance", running_variance)
     mask = _checks.mask(mask, x.shape)
+    if momentum is None and mask is not None and train and state is not None:
+        _checks.cumulative_average(mask.shape, feature_axes, running_variance)
     dtype = x.dtype if dtype is None else _checks.floating_dtype("dtype", dtype)
     _checks.axis_index_groups(axis_index_groups, axis_name)
     ghosts = _checks.virtual_batch_size(virtual_batch_size, x.shape, feature_axes, use_batch)
@@ -203,7 +216,7 @@ def batch_norm(
             shift, mean, var = feature(state["mean"]), 0, feature(state["var"])
         # y = scale (x - shift - mean) / sqrt(var + epsilon) + bias, with all that is constant
         # within a feature computed once, so that its derivative takes two sums and one pass.
-        slope = scale / jnp.sqrt(var + epsilon)
+        slope = scale / jnp.sqrt(var + jnp.asarray(epsilon, dtype_of_statistics))
         offset = bias - mean * slope
         if mask is None:
             y = _line(x, narrow, shift, slope, offset)
@@ -219,11 +232,9 @@ def batch_norm(
         batches = jax.tree.map(lambda leaf: leaf[None], batch)
     else:
         y, batches = in_groups(normalize, *ghosts)(x, mask, scale, bias)
-    if state is None:
+    if state is None or batches is None:
         return y, state
-    new_state = dict(state)
-    if batches is not None:
-        new_state = update(state, batches, momentum, running_variance, *tracked_over)
+    new_state = update(state, batches, momentum, running_variance, *tracked_over)
     return y, cast(StateT, lax.stop_gradient(new_state))
 
 

@@ -2,15 +2,26 @@
 
 import math
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn._device_checks import axis_index_groups as axis_index_groups
+from jaxbn._device_checks import axis_name as axis_name
+from jaxbn._device_checks import more_than_one_value as more_than_one_value
+from jaxbn._device_checks import plain
+
+# Floating dtypes that no batch norm can be computed with, and why.
+_UNUSABLE = {
+    "float8_e8m0fnu": "which has neither zero nor negative values",
+    "float6_e2m3fn": "which XLA does not compute with",
+    "float6_e3m2fn": "which XLA does not compute with",
+}
 
 
 def floating_array(name: str, value: ArrayLike) -> jax.Array:
@@ -32,6 +43,7 @@ def floating_array(name: str, value: ArrayLike) -> jax.Array:
             f"{name} must be of a floating dtype, got {dtype}; convert it, for instance with "
             f"{name}.astype(jnp.float32)."
         )
+    _usable(name, dtype)
     if np.ndim(value) == 0:
         raise ValueError(f"{name} must have at least one axis, for the features; got a scalar.")
     return jnp.asarray(value)
@@ -46,6 +58,7 @@ def floating_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
         raise TypeError(f"{name} must be a floating dtype, got {dtype!r}.") from None
     if not jnp.issubdtype(result, jnp.floating):
         raise TypeError(f"{name} must be a floating dtype, got {result}.")
+    _usable(name, result)
     return result
 
 
@@ -78,7 +91,9 @@ def feature_axes(axis: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int
     """The axes as increasing numbers from 0."""
     rank = len(shape)
     given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
-    if not given or not all(isinstance(a, int | np.integer) for a in given):
+    if not given or not all(
+        isinstance(a, int | np.integer) and not isinstance(a, bool) for a in given
+    ):
         raise ValueError(f"axis must be an integer or a sequence of them, got {axis!r}.")
     if not all(-rank <= a < rank for a in given):
         raise ValueError(
@@ -129,19 +144,46 @@ def momentum(momentum: Any, state: Mapping[str, Any] | None, train: bool) -> Non
                 "state must have 'count', as init(..., track_count=True) makes it."
             )
         return
-    if not _is_number(momentum) or not (isinstance(momentum, Tracer) or 0 <= momentum <= 1):
+    known = _known(momentum)
+    if known is not None and not 0 <= known <= 1:
         raise ValueError(
             f"momentum must be None or lie in [0, 1], got {momentum!r}. It is the weight of the "
             f"old value: PyTorch's momentum is one minus it."
         )
 
 
+def cumulative_average(
+    mask_shape: tuple[int, ...], axes: tuple[int, ...], running_variance: str
+) -> None:
+    """Check that a masked batch has a value for all features and both statistics, or for none."""
+    if any(mask_shape[a] != 1 for a in axes):
+        raise ValueError(
+            f"momentum=None, the cumulative average, counts batches for all features together, and "
+            f"a mask that differs between features, such as one of shape {mask_shape} with "
+            f"features on axis {plain(axes)}, may leave some of them without a value: give a mask "
+            f"of size 1 along the features, or a momentum."
+        )
+    if running_variance == "unbiased":
+        raise ValueError(
+            "momentum=None, the cumulative average, counts batches for mean and variance together, "
+            "and a batch in which a mask leaves one value has a mean but no unbiased variance: "
+            "pass running_variance='biased', or a momentum."
+        )
+
+
 def epsilon(epsilon: Any, use_batch: bool, dtype: jnp.dtype) -> None:
-    is_traced = isinstance(epsilon, Tracer)
-    if not _is_number(epsilon) or not (is_traced or 0 <= epsilon < math.inf):
+    known = _known(epsilon)
+    if known is None:
+        return
+    if not 0 <= known < math.inf:
         raise ValueError(f"epsilon must be a finite number, not negative, got {epsilon!r}.")
-    smallest = float(jnp.finfo(dtype).tiny)
-    if use_batch and not is_traced and epsilon < smallest:
+    largest, smallest = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).tiny)
+    if known > largest:
+        raise ValueError(
+            f"epsilon must be at most {largest:.2g}, the largest finite number of {dtype}, got "
+            f"{epsilon!r}."
+        )
+    if use_batch and known < smallest:
         raise ValueError(
             f"epsilon must be at least {smallest:.2g}, the smallest normal number of {dtype}, "
             f"where the batch's own statistics normalize, got {epsilon!r}: a feature that is "
@@ -173,53 +215,6 @@ def mask(mask: Any, x_shape: tuple[int, ...]) -> jax.Array | None:
     return mask.reshape((1,) * (len(x_shape) - mask.ndim) + mask.shape)
 
 
-def axis_index_groups(groups: Sequence[Sequence[int]] | None, axis_name: Hashable | None) -> None:
-    if groups is None:
-        return
-    are_groups = isinstance(groups, Sequence) and all(
-        isinstance(group, Sequence) and all(isinstance(i, int | np.integer) for i in group)
-        for group in groups
-    )
-    if not are_groups:
-        raise ValueError(
-            f"axis_index_groups must be a sequence of groups of indices, such as [[0, 1], [2, 3]], "
-            f"got {groups!r}."
-        )
-    if axis_name is None:
-        raise ValueError(
-            f"axis_index_groups={groups!r} are groups of an axis: axis_name must name it, got None."
-        )
-
-
-def axis_name(
-    axis_name: Hashable | None, axis_index_groups: Sequence[Sequence[int]] | None
-) -> None:
-    if axis_name is None:
-        return
-    names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
-    if not names or not all(isinstance(n, Hashable) and not isinstance(n, int) for n in names):
-        raise ValueError(
-            f"axis_name must be the name of a mapped axis, a tuple of them, or None, got "
-            f"{axis_name!r}."
-        )
-    try:
-        size = _devices(axis_name, None)
-    except NameError:
-        raise ValueError(
-            f"axis_name={axis_name!r} is not bound: call batch_norm inside a vmap, pmap or "
-            f"shard_map that names it, or pass axis_name=None."
-        ) from None
-    if axis_index_groups is None:
-        return
-    sizes = {len(group) for group in axis_index_groups}
-    members = sorted(index for group in axis_index_groups for index in group)
-    if len(sizes) != 1 or members != list(range(size)):
-        raise ValueError(
-            f"axis_index_groups={axis_index_groups!r} must be groups of one size that hold each "
-            f"index of axis_name={axis_name!r}, 0 to {size - 1}, once."
-        )
-
-
 def virtual_batch_size(
     size: Any, x_shape: tuple[int, ...], axes: tuple[int, ...], use_batch: bool
 ) -> tuple[int, int] | None:
@@ -235,66 +230,64 @@ def virtual_batch_size(
         examples = x_shape[reduced[0]] if reduced else 1
         raise ValueError(
             f"virtual_batch_size must divide the number of examples, {examples} in x of shape "
-            f"{x_shape} with features on axis {_plain(axes)}, got {size}."
+            f"{x_shape} with features on axis {plain(axes)}, got {size}."
         )
     return reduced[0], int(size)
 
 
-def more_than_one_value(
-    x_shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    ghosts: tuple[int, int] | None,
-    axis_name: Hashable | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
-) -> None:
-    sizes = dict(enumerate(x_shape)) | dict([ghosts] if ghosts else [])
-    own = math.prod(n for a, n in sizes.items() if a not in axes)
-    if own * _devices(axis_name, axis_index_groups) == 1:
-        among = f" and group of virtual_batch_size={ghosts[1]}" if ghosts else ""
-        raise ValueError(
-            f"x of shape {x_shape} has one value per feature (axis {_plain(axes)}){among}, which "
-            f"has no unbiased variance; give more values, or batch_variance='biased' and "
-            f"running_variance='biased'."
-        )
-
-
-def _devices(axis_name: Hashable | None, groups: Sequence[Sequence[int]] | None) -> int:
-    if axis_name is None:
-        return 1
-    return lax.psum(1, axis_name, axis_index_groups=groups)
-
-
 def _leaf(name: str, leaf: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
-    features = tuple(x_shape[a] for a in axes)
-    keepdims = tuple(n if a in axes else 1 for a, n in enumerate(x_shape))
-    if np.shape(leaf) not in (features, keepdims):
+    wanted = _leaf_shapes(x_shape, axes)
+    if np.shape(leaf) not in wanted:
+        others = [a for a in range(len(x_shape)) if np.shape(leaf) in _leaf_shapes(x_shape, (a,))]
+        advice = ""
+        if len(others) == 1:
+            advice = f" If the features are on axis {others[0]}, pass axis={others[0]}."
         raise ValueError(
-            f"{name} must have the shape {features} or {keepdims} of the features of x, which has "
-            f"shape {x_shape} with features on axis {_plain(axes)}; got {np.shape(leaf)}."
+            f"{name} must have the shape {' or '.join(map(str, dict.fromkeys(wanted)))} of the "
+            f"features of x, which has shape {x_shape} with features on axis {plain(axes)}; got "
+            f"{np.shape(leaf)}.{advice}"
         )
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = type(leaf).__name__ if dtype is None else dtype
         raise TypeError(f"{name} must be an array of a floating dtype, got {got}.")
+    _usable(name, dtype)
+
+
+def _leaf_shapes(x_shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes that parameters and statistics may have: without and with the other axes."""
+    features = tuple(x_shape[a] for a in axes)
+    return [features, tuple(n if a in axes else 1 for a, n in enumerate(x_shape))]
+
+
+def _usable(name: str, dtype: Any) -> None:
+    if str(dtype) in _UNUSABLE:
+        raise TypeError(
+            f"{name} must not be of {dtype}, {_UNUSABLE[str(dtype)]}; use float32 or bfloat16, for "
+            f"instance."
+        )
 
 
 def _count(count: Any) -> None:
     dtype = getattr(count, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+    is_integer = dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+    if not is_integer or jnp.iinfo(dtype).bits < 32:
         got = type(count).__name__ if dtype is None else dtype
-        raise TypeError(f"state['count'] must be a scalar array of an integer dtype, got {got}.")
+        raise TypeError(
+            f"state['count'] must be a scalar array of an integer dtype of at least 32 bits, such "
+            f"as int32, got {got}."
+        )
     if np.shape(count) != ():
         raise ValueError(f"state['count'] must be a scalar, got one of shape {np.shape(count)}.")
 
 
-def _is_number(value: Any) -> bool:
-    """A real scalar, traced or not; True and False are none."""
+def _known(value: Any) -> float | None:
+    """Return a real scalar as a Python number: None if it is traced, nan if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.generic | jax.Array):
-        return False
-    dtype = jnp.result_type(value)
-    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    return real and np.ndim(value) == 0
-
-
-def _plain(axes: tuple[int, ...]) -> int | tuple[int, ...]:
-    return axes[0] if len(axes) == 1 else axes
+        return math.nan
+    if isinstance(value, int | float):
+        return value
+    is_real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    if not is_real or np.ndim(value) > 0:
+        return math.nan
+    return None if isinstance(value, Tracer) else value.item()

@@ -1,28 +1,46 @@
 """The conventions that batch norms differ by, as keyword arguments of `batch_norm`."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-
-def _convention(
-    momentum: float, epsilon: float, batch_variance: str, running_variance: str
-) -> Mapping[str, Any]:
-    return MappingProxyType(
-        {
-            "momentum": momentum,
-            "epsilon": epsilon,
-            "batch_variance": batch_variance,
-            "running_variance": running_variance,
-        }
-    )
+from jaxbn._running import Estimator
 
 
-#: PyTorch's, and the default everywhere here. Its own momentum, 0.1, weighs the new value.
-PYTORCH = _convention(0.9, 1e-5, "biased", "unbiased")
-#: That of `flax.linen.BatchNorm` and `flax.nnx.BatchNorm`.
-FLAX = _convention(0.99, 1e-5, "biased", "biased")
+# Mapping compares with any other mapping, which the dataclass must not replace.
+@dataclass(frozen=True, eq=False)
+class Convention(Mapping[str, Any]):
+    """An immutable, hashable mapping of keyword arguments of `batch_norm`."""
+
+    momentum: float
+    epsilon: float
+    batch_variance: Estimator
+    running_variance: Estimator
+
+    def __getitem__(self, name: str) -> Any:
+        return asdict(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(asdict(self))
+
+    def __len__(self) -> int:
+        return len(asdict(self))
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other} if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**other, **self} if isinstance(other, Mapping) else NotImplemented
+
+
+#: PyTorch's, and the defaults of `batch_norm`. Its own momentum, 0.1, weighs the new value.
+PYTORCH = Convention(0.9, 1e-5, "biased", "unbiased")
+#: That of `flax.linen.BatchNorm` and `flax.nnx.BatchNorm`, and the defaults of the layers here.
+FLAX = Convention(0.99, 1e-5, "biased", "biased")
 #: That of `keras.layers.BatchNormalization`.
-KERAS = _convention(0.99, 1e-3, "biased", "biased")
+KERAS = Convention(0.99, 1e-3, "biased", "biased")
 #: That of the exercise which the project grew from.
-EXERCISE = _convention(0.9, 1e-5, "unbiased", "unbiased")
+EXERCISE = Convention(0.9, 1e-5, "unbiased", "unbiased")

@@ -1,6 +1,6 @@
 """Statistics that outlive a batch which holds inf or NaN."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.tree_util import KeyPath
 Tree = TypeVar("Tree")
 
 
-def keep_finite(old: Tree, new: Tree) -> Tree:
+def keep_finite(old: Any, new: Tree) -> Tree:
     r"""The new statistics of every layer where all are finite, and the old ones elsewhere.
 
     .. math::
@@ -26,7 +26,8 @@ def keep_finite(old: Tree, new: Tree) -> Tree:
     Args:
       old: the state of one layer, or a tree of them, such as the collection `batch_stats` or
         `nnx.state(model, nnx.BatchStat)`, before a training step; None goes through. A layer is
-        what lies in one innermost mapping or sequence.
+        what lies in one innermost mapping or sequence. It may hold a `FrozenDict` where `new` has
+        a dict, and the other way round.
       new: the same after it.
 
     Returns:
@@ -44,13 +45,16 @@ def keep_finite(old: Tree, new: Tree) -> Tree:
       [False  True] [0. 0.]
     """
     after, structure = jax.tree_util.tree_flatten_with_path(new)
-    before, old_structure = jax.tree.flatten(old)
-    if structure != old_structure:
+    before, old_structure = jax.tree_util.tree_flatten_with_path(old)
+    # Paths, unlike structures, are those of a `FrozenDict` and of a dict alike.
+    old_leaves = dict(before)
+    if old_leaves.keys() != dict(after).keys():
         raise ValueError(
             f"old and new must be trees of one structure, got {old_structure} and {structure}."
         )
     finite: dict[KeyPath, jax.Array] = {}
-    for (path, leaf), kept in zip(after, before, strict=True):
+    for path, leaf in after:
+        kept = old_leaves[path]
         if jnp.shape(leaf) != jnp.shape(kept):
             raise ValueError(
                 f"old and new must have leaves of one shape, got {jnp.shape(kept)} and "
@@ -59,8 +63,7 @@ def keep_finite(old: Tree, new: Tree) -> Tree:
         layer = _layer(path)
         finite[layer] = finite.get(layer, jnp.array(True)) & jnp.all(jnp.isfinite(leaf))
     return structure.unflatten(
-        jnp.where(finite[_layer(path)], leaf, kept)
-        for (path, leaf), kept in zip(after, before, strict=True)
+        jnp.where(finite[_layer(path)], leaf, old_leaves[path]) for path, leaf in after
     )
 
 

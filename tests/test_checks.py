@@ -11,6 +11,13 @@ import jaxbn.linen
 X = np.zeros((8, 3), np.float32)
 MEAN_VAR = {"mean": np.zeros(3, np.float32), "var": np.ones(3, np.float32)}
 
+# dtypes that JAX has and that nothing can be normalized in
+UNUSABLE = {
+    "float8_e8m0fnu": "which has neither zero nor negative values",
+    "float6_e2m3fn": "which XLA does not compute with",
+    "float6_e3m2fn": "which XLA does not compute with",
+}
+
 # name: (what differs from a good call, the exception, its whole text)
 CASES = {
     "integer input": (
@@ -30,6 +37,26 @@ CASES = {
         TypeError,
         "x must be of a floating dtype, got complex64; convert it, for instance with "
         "x.astype(jnp.float32).",
+    ),
+    **{
+        f"input of {dtype}": (
+            {"x": np.ones((8, 3), dtype)},
+            TypeError,
+            f"x must not be of {dtype}, {reason}; use float32 or bfloat16, for instance.",
+        )
+        for dtype, reason in UNUSABLE.items()
+    },
+    "params without a zero": (
+        {"params": {"scale": np.ones(3, "float8_e8m0fnu")}},
+        TypeError,
+        "params['scale'] must not be of float8_e8m0fnu, which has neither zero nor negative "
+        "values; use float32 or bfloat16, for instance.",
+    ),
+    "output without a zero": (
+        {"dtype": jnp.float8_e8m0fnu},
+        TypeError,
+        "dtype must not be of float8_e8m0fnu, which has neither zero nor negative values; use "
+        "float32 or bfloat16, for instance.",
     ),
     "list": (
         {"x": [[1.0], [2.0]]},
@@ -61,6 +88,16 @@ CASES = {
         ValueError,
         "axis must be an integer or a sequence of them, got ().",
     ),
+    "axis a boolean": (
+        {"axis": True},
+        ValueError,
+        "axis must be an integer or a sequence of them, got True.",
+    ),
+    "axis of booleans": (
+        {"axis": (0, False)},
+        ValueError,
+        "axis must be an integer or a sequence of them, got (0, False).",
+    ),
     "fractional axis": (
         {"axis": 1.0},
         ValueError,
@@ -81,8 +118,32 @@ CASES = {
     "features on several axes": (
         {"axis": (0, 1)},
         ValueError,
-        "state['mean'] must have the shape (8, 3) or (8, 3) of the features of x, which has shape "
-        "(8, 3) with features on axis (0, 1); got (3,).",
+        "state['mean'] must have the shape (8, 3) of the features of x, which has shape (8, 3) "
+        "with features on axis (0, 1); got (3,). If the features are on axis 1, pass axis=1.",
+    ),
+    "features first": (
+        {"x": np.zeros((2, 3, 4, 5), np.float32)},
+        ValueError,
+        "state['mean'] must have the shape (5,) or (1, 1, 1, 5) of the features of x, which has "
+        "shape (2, 3, 4, 5) with features on axis 3; got (3,). If the features are on axis 1, pass "
+        "axis=1.",
+    ),
+    "features first, in params that broadcast": (
+        {
+            "x": np.zeros((2, 4, 4, 3), np.float32),
+            "axis": 1,
+            "params": {"scale": np.ones((1, 1, 1, 3), np.float32)},
+        },
+        ValueError,
+        "params['scale'] must have the shape (4,) or (1, 4, 1, 1) of the features of x, which has "
+        "shape (2, 4, 4, 3) with features on axis 1; got (1, 1, 1, 3). If the features are on axis "
+        "3, pass axis=3.",
+    ),
+    "features on either of two axes": (
+        {"x": np.zeros((3, 3, 4, 5), np.float32)},
+        ValueError,
+        "state['mean'] must have the shape (5,) or (1, 1, 1, 5) of the features of x, which has "
+        "shape (3, 3, 4, 5) with features on axis 3; got (3,).",
     ),
     "integer params": (
         {"params": {"bias": np.ones(3, np.int32)}},
@@ -128,13 +189,24 @@ CASES = {
     "count that is no integer": (
         {"state": MEAN_VAR | {"count": np.float32(1)}},
         TypeError,
-        "state['count'] must be a scalar array of an integer dtype, got float32.",
+        "state['count'] must be a scalar array of an integer dtype of at least 32 bits, such as "
+        "int32, got float32.",
     ),
     "count that is no array": (
         {"state": MEAN_VAR | {"count": 1}},
         TypeError,
-        "state['count'] must be a scalar array of an integer dtype, got int.",
+        "state['count'] must be a scalar array of an integer dtype of at least 32 bits, such as "
+        "int32, got int.",
     ),
+    **{
+        f"count that wraps, {dtype}": (
+            {"state": MEAN_VAR | {"count": jnp.zeros((), dtype)}},
+            TypeError,
+            "state['count'] must be a scalar array of an integer dtype of at least 32 bits, such "
+            f"as int32, got {dtype}.",
+        )
+        for dtype in ("int4", "int8", "uint8", "int16", "uint16")
+    },
     "negative momentum": (
         {"momentum": -0.1},
         ValueError,
@@ -152,6 +224,18 @@ CASES = {
         ValueError,
         "momentum must be None or lie in [0, 1], got nan. It is the weight of the old value: "
         "PyTorch's momentum is one minus it.",
+    ),
+    "momentum not a number of NumPy": (
+        {"momentum": np.float32("nan")},
+        ValueError,
+        "momentum must be None or lie in [0, 1], got np.float32(nan). It is the weight of the old "
+        "value: PyTorch's momentum is one minus it.",
+    ),
+    "momentum larger than any float": (
+        {"momentum": 10**400},
+        ValueError,
+        f"momentum must be None or lie in [0, 1], got {10**400}. It is the weight of the old "
+        "value: PyTorch's momentum is one minus it.",
     ),
     "momentum a boolean": (
         {"momentum": True},
@@ -186,6 +270,27 @@ CASES = {
         {"epsilon": float("inf")},
         ValueError,
         "epsilon must be a finite number, not negative, got inf.",
+    ),
+    "epsilon that is infinite in float32": (
+        {"epsilon": 1e300},
+        ValueError,
+        "epsilon must be at most 3.4e+38, the largest finite number of float32, got 1e+300.",
+    ),
+    "epsilon that is infinite in float32, in evaluation": (
+        {"epsilon": np.float64(1e300), "train": False},
+        ValueError,
+        "epsilon must be at most 3.4e+38, the largest finite number of float32, got "
+        "np.float64(1e+300).",
+    ),
+    "epsilon larger than any float": (
+        {"epsilon": 10**400},
+        ValueError,
+        f"epsilon must be at most 3.4e+38, the largest finite number of float32, got {10**400}.",
+    ),
+    "epsilon not a number": (
+        {"epsilon": float("nan")},
+        ValueError,
+        "epsilon must be a finite number, not negative, got nan.",
     ),
     "no epsilon in training": (
         {"epsilon": 0.0},
@@ -328,33 +433,10 @@ def test_traced_momentum_per_feature():
         jax.jit(lambda m: jaxbn.batch_norm({}, MEAN_VAR, X, True, momentum=m)[0])(np.ones(3))
 
 
-@pytest.mark.parametrize("groups", [[[0], [1, 2, 3]], [[0, 1]], [[0, 1], [1, 2]], []])
-def test_groups_that_do_not_divide_the_axis(groups):
-    def step(x):
-        return jaxbn.batch_norm({}, None, x, True, axis_name="a", axis_index_groups=groups)[0]
-
-    with pytest.raises(ValueError) as caught:
-        jax.pmap(step, axis_name="a")(np.ones((4, 8, 3), np.float32))
-    assert str(caught.value) == (
-        f"axis_index_groups={groups!r} must be groups of one size that hold each index of "
-        f"axis_name='a', 0 to 3, once."
-    )
-
-
 def test_linen_refuses_an_unknown_estimator_when_it_initializes():
     with pytest.raises(ValueError) as caught:
         jaxbn.linen.BatchNorm(running_variance="sample").init(jax.random.key(0), X, False)  # type: ignore[arg-type]
     assert str(caught.value) == "running_variance must be 'biased' or 'unbiased', got 'sample'."
-
-
-def test_one_value_on_each_of_several_devices_is_enough():
-    def step(x):
-        return jaxbn.batch_norm({}, None, x, True, axis_name="batch")[0]
-
-    y = jax.vmap(step, axis_name="batch")(jnp.array([[[1.0]], [[3.0]]]))
-    np.testing.assert_allclose(np.ravel(y), [-1, 1], atol=1e-5)
-    with pytest.raises(ValueError, match="one value per feature"):
-        jax.vmap(step, axis_name="batch")(jnp.zeros((1, 1, 1)))
 
 
 @pytest.mark.parametrize(
@@ -386,6 +468,12 @@ def test_one_value_on_each_of_several_devices_is_enough():
             "axis=2 is out of range for the shape (4, 3): an axis must lie in [-2, 1].",
         ),
         (
+            {"shape": (4, 3), "param_dtype": "float8_e8m0fnu"},
+            TypeError,
+            "param_dtype must not be of float8_e8m0fnu, which has neither zero nor negative "
+            "values; use float32 or bfloat16, for instance.",
+        ),
+        (
             {"shape": (4, 3), "param_dtype": jnp.int8},
             TypeError,
             "param_dtype must be a floating dtype, got int8.",
@@ -398,23 +486,19 @@ def test_init(arguments, exception, text):
     assert str(caught.value) == text
 
 
-@pytest.mark.parametrize("groups", [5, [0, 1], [["a"]], "ab"])
-def test_groups_that_are_none(groups):
-    with pytest.raises(ValueError) as caught:
-        jaxbn.batch_norm({}, None, X, True, axis_name="a", axis_index_groups=groups)
-    assert str(caught.value) == (
-        f"axis_index_groups must be a sequence of groups of indices, such as [[0, 1], [2, 3]], got "
-        f"{groups!r}."
-    )
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64"])
+@pytest.mark.usefixtures("x64")
+def test_counts_that_do_not_wrap(dtype):
+    state = MEAN_VAR | {"count": jnp.zeros((), dtype)}
+    _, new = jaxbn.batch_norm({}, state, X, True)
+    assert new["count"] == 1 and new["count"].dtype == dtype
 
 
-@pytest.mark.parametrize("axis_name", [{}, (), 3, True, [[]]])
-def test_names_that_are_none(axis_name):
-    with pytest.raises(ValueError) as caught:
-        jaxbn.batch_norm({}, None, X, True, axis_name=axis_name)
-    assert str(caught.value) == (
-        f"axis_name must be the name of a mapped axis, a tuple of them, or None, got {axis_name!r}."
-    )
+@pytest.mark.usefixtures("x64")
+def test_an_epsilon_that_is_finite_in_float64():
+    x = np.array([[-1e150], [1e150]])
+    y, _ = jaxbn.batch_norm({}, None, x, True, epsilon=3e300)
+    np.testing.assert_allclose(y, [[-0.5], [0.5]], rtol=1e-12)
 
 
 def test_an_array_is_no_dtype():

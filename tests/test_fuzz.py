@@ -24,6 +24,7 @@ SIZES = st.lists(st.integers(0, 3), min_size=0, max_size=3).map(tuple)
 ODD = st.sampled_from(
     [
         *(None, "x", True, (), [], {}, 1, -7, 3.5, float("nan"), object()),
+        *(1e300, 10**400, np.float64(0.5), ("i", "i")),
         *(0.0, -1e-5, 1.5, "unbiased", [[0, 1], [2]], ("i", "j"), jnp.ones(2), jnp.ones((2, 2))),
         *({"mean": jnp.ones(2)}, {"scale": jnp.ones(2), "gamma": 1}, {"scale": 3}),
     ]

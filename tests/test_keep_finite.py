@@ -1,5 +1,6 @@
 """`keep_finite`: statistics outlive a batch that holds inf or NaN."""
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,20 @@ def test_layers_of_a_tree_are_apart():
     wanted = {"block": {"bn1": new["block"]["bn1"], "bn2": old["block"]["bn2"]}, "bn": new["bn"]}
     equal(kept, wanted)
     assert kept["bn"]["count"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize("frozen", ["old", "new"])
+def test_a_frozen_dict_beside_a_dict(frozen):
+    old = {"bn1": state(1.0), "bn2": state(2.0)}
+    new = {"bn1": state(4.0), "bn2": state(jnp.nan)}
+    wanted = {"bn1": new["bn1"], "bn2": old["bn2"]}
+    if frozen == "old":
+        kept = jaxbn.keep_finite(flax.core.freeze(old), new)
+    else:
+        kept = jaxbn.keep_finite(old, flax.core.freeze(new))
+        wanted = flax.core.freeze(wanted)
+    assert jax.tree.structure(kept) == jax.tree.structure(wanted)
+    equal(kept, wanted)
 
 
 def test_the_old_state_may_be_spoilt_already():
@@ -110,8 +125,12 @@ def test_beside_apply_if_finite():
 
 
 def test_trees_that_differ():
-    with pytest.raises(ValueError, match="old and new must be trees of one structure, got PyTree"):
+    with pytest.raises(ValueError) as caught:
         jaxbn.keep_finite(state(1.0), {"bn": state(1.0)})
+    assert str(caught.value) == (
+        "old and new must be trees of one structure, got PyTreeDef({'count': *, 'mean': *, 'var': "
+        "*}) and PyTreeDef({'bn': {'count': *, 'mean': *, 'var': *}})."
+    )
     short = {**state(1.0), "var": jnp.ones(2)}
     with pytest.raises(ValueError) as caught:
         jaxbn.keep_finite(short, state(1.0))
