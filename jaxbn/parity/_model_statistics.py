@@ -48,7 +48,7 @@ def pairs_and_notes(
     """Pair the statistics by the submodules' names, and note those that no name leads to."""
     paired = {k: v for k, v in names.items() if k in ours and v in theirs}
     left_out = [
-        f"{framework} has {sorted(missing)}"
+        f"{framework}'s {sorted(missing)}"
         for framework, missing in (
             ("Flax", ours.keys() - paired.keys()),
             ("PyTorch", theirs.keys() - set(paired.values())),
@@ -60,6 +60,5 @@ def pairs_and_notes(
         return pairs, []
     which = "not all" if pairs else "no"
     return pairs, [
-        f"{which} running statistics were compared: {', '.join(left_out)}, "
-        "which names leads to in one network at most"
+        f"{which} running statistics were compared: names has no pair for {' and '.join(left_out)}"
     ]
