@@ -141,6 +141,24 @@ class EvaluatesWithoutBias(NumpyLayer):
         return super().evaluate(x) - self.bias
 
 
+class OwnBiasInEvaluation(NumpyLayer):
+    """Off by a little more than float32 rounds an output of the layer's scale by, 6e-8."""
+
+    def evaluate(self, x):
+        return super().evaluate(x) + self.dtype(3e-7) * np.abs(self.scale)
+
+
+class UpdatesTheMeanByValue(NumpyLayer):
+    """Right, with a batch mean that has the rounding errors of one update per value."""
+
+    def train(self, x):
+        self.track(x)
+        mean = np.zeros_like(x[0])
+        for count, value in enumerate(x, 1):
+            mean = mean + (value - mean) / self.dtype(count)
+        return self.normalized(x, mean, x.var(0, ddof=self.ddof))
+
+
 class Relu(NumpyLayer):
     def train(self, x):
         return np.maximum(super().train(x) - self.bias, 0)

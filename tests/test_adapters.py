@@ -88,7 +88,11 @@ LAYERS = {
         {**jaxbn.PYTORCH, "momentum": None},
     ),
     "our linen": (
-        lambda: linen(jaxbn.linen.BatchNorm(False, axis=1, momentum=None, epsilon=1e-4)),
+        lambda: linen(
+            jaxbn.linen.BatchNorm(
+                False, axis=1, **{**jaxbn.PYTORCH, "momentum": None, "epsilon": 1e-4}
+            )
+        ),
         convention(None, 1e-4, "biased", "unbiased"),
     ),
     "our nnx": (lambda: flax_nnx(jaxbn.nnx.BatchNorm, **jaxbn.EXERCISE), jaxbn.EXERCISE),
@@ -240,6 +244,22 @@ def test_a_trained_layer_goes_on_from_where_it_is():
     for _ in range(7):
         layer(torch.ones(4, C))
     assert parity.identify(parity.from_torch(layer), C)["momentum"] is None
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_gradients_where_torch_has_them_turned_off(mode, rng):
+    import torch
+
+    x, dy = rng.normal(size=(2, 8, C)).astype(np.float32)
+    y, gradients = torch_layer("BatchNorm2d").step(x, dy)
+    with getattr(torch, mode)():
+        layer = torch_layer("BatchNorm2d")
+        found, others = layer.step(x, dy)
+        layer.train(x)
+    layer.step(x, dy)
+    np.testing.assert_array_equal(found, y)
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(others[name], gradient)
 
 
 def test_half_precision_goes_through():

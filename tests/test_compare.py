@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jaxbn
-from jaxbn.parity import assert_parity, compare, from_batch_norm, from_torch
+from jaxbn.parity import assert_parity, compare, compare_models, from_batch_norm, from_torch
 from tests.faulty import FEATURES, Layer, N, WithGradients, batches
 
 BIASED = f"running variance differs by n/(n-1) = {N}/{N - 1}: biased against unbiased"
@@ -172,6 +172,38 @@ def test_bad_batches(data, error, message):
     with pytest.raises(error) as info:
         compare(Layer(features=3), Layer(features=3), data)
     assert str(info.value) == message
+
+
+@pytest.mark.parametrize(
+    ("rtol", "error", "message"),
+    [
+        (-1, ValueError, "rtol is -1; it must be finite and at least 0, such as 1e-5 for float32."),
+        (
+            float("nan"),
+            ValueError,
+            "rtol is nan; it must be finite and at least 0, such as 1e-5 for float32.",
+        ),
+        (
+            np.float32("inf"),
+            ValueError,
+            "rtol is inf; it must be finite and at least 0, such as 1e-5 for float32.",
+        ),
+        ("1e-5", TypeError, "rtol must be a number, got '1e-5' of type str."),
+        (True, TypeError, "rtol must be a number, got True of type bool."),
+        (None, TypeError, "rtol must be a number, got None of type NoneType."),
+    ],
+)
+@pytest.mark.parametrize("compares", [compare, assert_parity, compare_models])
+def test_an_rtol_that_is_no_tolerance(compares, rtol, error, message, rng):
+    arguments = [batches(rng)] if compares is not compare_models else [{"norm": "0"}, np.ones(3)]
+    with pytest.raises(error) as info:
+        compares(Layer(), Layer(), *arguments, rtol=rtol)
+    assert str(info.value) == message
+
+
+def test_an_rtol_of_zero_asks_for_the_same_bits(rng):
+    assert compare(Layer(), Layer(), batches(rng), rtol=0).ok
+    assert not compare(Layer(bias=2**-20), Layer(), batches(rng), rtol=0).ok
 
 
 def test_a_layer_that_is_none():

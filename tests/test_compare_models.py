@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import jaxbn
 import jaxbn.linen
 from jaxbn.parity import compare_models
 
@@ -32,7 +33,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         x = nn.Conv(WIDTHS[1], (3, 3), padding=1, name="conv")(x)
-        x = jaxbn.linen.BatchNorm(not train, name="bn", **self.norm)(x)
+        x = jaxbn.linen.BatchNorm(not train, name="bn", **{**jaxbn.PYTORCH, **self.norm})(x)
         return nn.relu(x) if self.relu else x
 
 
@@ -47,7 +48,8 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         x = nn.Conv(WIDTHS[0], (3, 3), padding=1, name="conv1")(x)
-        x = nn.relu(jaxbn.linen.BatchNorm(not train, name="bn1", **self.norm1)(x))
+        norm = jaxbn.linen.BatchNorm(not train, name="bn1", **{**jaxbn.PYTORCH, **self.norm1})
+        x = nn.relu(norm(x))
         x = Block(self.norm2, self.relu, name="block")(x, train)
         return nn.Dense(self.classes, name="head")(x.mean((1, 2)))
 
@@ -225,7 +227,7 @@ def test_a_fault_of_the_backward_pass_alone(theirs):
         @nn.compact
         def __call__(self, x, train):
             x = nn.Conv(WIDTHS[0], (3, 3), padding=1, name="conv1")(x)
-            x = nn.relu(jaxbn.linen.BatchNorm(not train, name="bn1")(x))
+            x = nn.relu(jaxbn.linen.BatchNorm(not train, name="bn1", **jaxbn.PYTORCH)(x))
             x = 2 * x - jax.lax.stop_gradient(x)
             x = Block({}, name="block")(x, train)
             return nn.Dense(3, name="head")(x.mean((1, 2)))
@@ -324,6 +326,62 @@ def test_unknown_names(theirs, names, message):
     assert str(error.value) == message
 
 
+def test_no_names(theirs):
+    with pytest.raises(ValueError) as error:
+        compare_models((net(), variables_of(theirs)), theirs, {}, images())
+    assert str(error.value) == (
+        "names is empty, so no intermediate and no running statistics would be compared; give at "
+        "least one pair of a path in Flax and a name in PyTorch, such as "
+        "{'block/bn': 'block.bn'}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "notes"),
+    [
+        (
+            {"head": "head"},
+            (
+                "no running statistics were compared: names has no pair for Flax's "
+                "['block/bn', 'bn1'] and PyTorch's ['block.bn', 'bn1']",
+            ),
+        ),
+        (
+            {"bn1": "bn1", "block": "block.bn"},
+            (
+                "not all running statistics were compared: names has no pair for Flax's "
+                "['block/bn'] and PyTorch's ['block.bn']",
+            ),
+        ),
+        ({"bn1": "bn1", "block/bn": "block.bn"}, ()),
+    ],
+    ids=["none", "some", "all"],
+)
+def test_statistics_that_are_not_compared_are_noted(theirs, names, notes):
+    # Without a ReLU in either, a block gives what its norm gives.
+    model = net(norm2={"momentum": 0.5}, relu=False)
+    theirs.block.relu = torch.nn.Identity()
+    report = compare_models((model, variables_of(theirs)), theirs, names, images())
+    assert report.notes == notes
+    assert all(f"({note})" in str(report) for note in notes)
+    # The other momentum shows where the statistics are compared.
+    assert report.ok == bool(notes)
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+@pytest.mark.parametrize("made_there", [False, True])
+def test_gradients_are_compared_where_torch_has_them_turned_off(mode, made_there, theirs):
+    with getattr(torch, mode)():
+        other = torch_net() if made_there else theirs
+        model = net().bind(variables_of(other))
+        report = compare_models(model, other, NAMES, images(), rtol=1e-10)
+    assert report.ok, str(report)
+    assert [row.name for row in report.rows if row.stage == "training backward"] == [
+        *reversed(NAMES),
+        "(input)",
+    ]
+
+
 def test_a_module_that_is_called_twice():
     class Twice(nn.Module):
         @nn.compact
@@ -341,11 +399,12 @@ def test_what_gives_no_single_array():
     class Pair(nn.Module):
         @nn.compact
         def __call__(self, x, train):
-            return x, x
+            return x, nn.Dense(2, name="dense")(x)
 
     x = np.ones((3, 2), np.float32)
+    variables = Pair().init(jax.random.key(0), x, train=True)
     with pytest.raises(TypeError) as error:
-        compare_models((Pair(), {}), torch.nn.Linear(2, 2), {}, x)
+        compare_models((Pair(), variables), torch.nn.Linear(2, 2), {"dense": ""}, x)
     assert str(error.value) == (
         "only single arrays can be compared; in Flax, (output) gives a tuple."
     )

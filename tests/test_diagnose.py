@@ -181,9 +181,58 @@ def test_the_rounding_of_a_constant_feature(rng):
     assert report.diagnosis == ("epsilon 1e-3 against 1e-5",)
 
 
-def test_a_scale_of_zero(rng):
-    report = compare(Layer(scale=0), Layer(), batches(rng))
+@pytest.mark.parametrize("bias", [None, 0, 1, np.arange(FEATURES)], ids=str)
+@pytest.mark.parametrize("features", [1, 2, FEATURES])
+@pytest.mark.parametrize("cls", [Layer, WithGradients])
+def test_a_scale_of_zero(rng, cls, features, bias):
+    """Outputs that do not depend on the input fit any dtype, any axis and any gradient."""
+    zero = cls(scale=0, features=features)
+    if bias is not None:
+        zero.bias = np.broadcast_to(np.float64(bias), FEATURES)[:features]
+    data = batches(rng, features=features)
+    report = compare(zero, cls(features=features), data)
     assert report.diagnosis == ("the scale is zero (candidate)",)
+    zero.mean, zero.var = (np.full(features, v, np.float32) for v in (0, 1))
+    report = compare(cls(features=features, momentum=0.99), zero, data)
+    assert report.diagnosis == ("momentum 0.99 against 0.9", "the scale is zero (reference)")
+
+
+def test_a_scale_of_zero_in_some_features(rng):
+    candidate = Layer()
+    candidate.scale[:-1] = 0
+    assert compare(candidate, Layer(), batches(rng)).diagnosis == ("scale differs: by up to 1.7",)
+
+
+def test_statistics_that_are_the_batchs_own_are_no_fault_of_evaluation(rng):
+    report = compare(Layer(momentum=0.0, running_ddof=0), Layer(running_ddof=0), batches(rng))
+    assert report.diagnosis == ("momentum 0 against 0.9",)
+
+
+def test_a_difference_larger_than_the_rounding_of_a_constant_feature():
+    data = [np.full((8, FEATURES), 3.3, np.float32)] * 2
+    report = compare(WithGradients(bias=0.25), WithGradients(), data)
+    assert report.diagnosis == ("no known reason: y, evaluation y",)
+
+
+# Relative to the smallest variance, 0.01, float32 tells an epsilon to a few times 1e-9.
+@pytest.mark.parametrize(
+    ("epsilon", "words"),
+    [
+        (1.2345e-4, "1.2345e-4"),
+        (1.7e-5, "1.7e-5"),
+        (0.37, "0.37"),
+        (1.0, "1"),
+        (100.0, "100"),
+        (1e-12, "0"),
+    ],
+)
+@pytest.mark.parametrize("rtol", [1e-5, 1e-4])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.9}], ids=str)
+def test_any_epsilon_is_found_to_the_digits_that_show(rng, epsilon, words, rtol, options):
+    candidate = Layer(epsilon=epsilon, **options)
+    report = compare(candidate, Layer(epsilon=2.345e-3), batches(rng), rtol=rtol)
+    assert report.diagnosis[0] == f"epsilon {words} against 2.345e-3"
+    assert list(report.diagnosis[1:]) == ["scale differs: by up to 0.2"][: len(options)]
 
 
 class Transposed(Layer):

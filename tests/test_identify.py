@@ -5,6 +5,7 @@ import pytest
 
 import jaxbn
 from jaxbn.parity import ConventionError, identify
+from tests import faulty
 from tests.numpy_layers import (
     AddsEpsilonToTheTracked,
     BiasCorrected,
@@ -24,17 +25,22 @@ from tests.numpy_layers import (
     NotANumber,
     NumpyLayer,
     OneStatisticForAll,
+    OwnBiasInEvaluation,
     OwnEpsilonInEvaluation,
     OwnMomentumForTheVariance,
     Relu,
     RunningStatisticsInTraining,
     TracksDeviations,
     Transposed,
+    UpdatesTheMeanByValue,
     WarmedUp,
 )
 
 C = 5
 ESTIMATORS = ["biased", "unbiased"]
+PRESETS = ["PYTORCH", "FLAX", "KERAS", "EXERCISE"]
+# Far below the scales, so that float32 rounds the outputs by more than a relative error of these.
+SMALL = np.linspace(5e-5, 1e-4, C)
 
 
 def check(found, *, momentum, epsilon, batch_variance, running_variance):
@@ -106,6 +112,60 @@ def test_features_of_any_scale(scale, bias, rng):
     assert identify(layer, C) == jaxbn.PYTORCH
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("bias", [SMALL, np.full(C, 1e-6), np.zeros(C)], ids=["5e-5", "1e-6", "0"])
+@pytest.mark.parametrize("cls", [NumpyLayer, UpdatesTheMeanByValue])
+def test_a_bias_that_is_small_beside_the_scale(preset, bias, cls):
+    convention = getattr(jaxbn, preset)
+    for seed in range(5):
+        layer = cls(np.random.default_rng(seed), **convention)
+        layer.bias = np.float32(bias)
+        assert identify(layer, C) == convention
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"epsilon": 1e-3}, {"epsilon": 1e-5}, {"epsilon": 1.2e-5}, {"momentum": 0.89}),
+        *({"batch_variance": e} for e in ESTIMATORS),
+        *({"running_variance": e} for e in ESTIMATORS),
+    ],
+    ids=str,
+)
+def test_a_small_bias_hides_no_difference(preset, change, rng):
+    convention = {**getattr(jaxbn, preset), **change}
+    layer = NumpyLayer(rng, **convention)
+    layer.bias = np.float32(SMALL)
+    assert identify(layer, C) == convention
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_small_bias_of_evaluation_alone_is_noticed(preset, rng):
+    layer = OwnBiasInEvaluation(rng, **getattr(jaxbn, preset))
+    layer.bias = np.float32(SMALL)
+    with pytest.raises(ConventionError, match="evaluation: the output is not x normalized"):
+        identify(layer, C)
+
+
+@pytest.mark.parametrize(
+    "fault, probe",
+    [
+        ({"per_example": True}, "batch variance"),
+        ({"batch_in_evaluation": True}, "evaluation"),
+        ({"frozen": True}, "running mean"),
+        ({"dtype": np.float16}, "evaluation"),
+    ],
+    ids=str,
+)
+def test_a_fault_beside_a_small_bias(fault, probe):
+    layer = faulty.Layer(**fault)
+    layer.bias = np.linspace(5e-5, 1e-4, faulty.FEATURES)
+    with pytest.raises(ConventionError) as caught:
+        identify(layer, faulty.FEATURES)
+    assert caught.value.probe == probe
+
+
 @pytest.mark.parametrize("momentum", [0.3, 0.9, 0.99, 0.999])
 @pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -166,9 +226,13 @@ BROKEN = [
 @pytest.mark.parametrize(
     "layer, options, probe, reason", BROKEN, ids=[f"{b[0].__name__}-{b[1]}" for b in BROKEN]
 )
-def test_a_layer_without_convention_is_told_by_the_probe(layer, options, probe, reason, rng):
+@pytest.mark.parametrize("bias", [None, SMALL], ids=["any bias", "small bias"])
+def test_a_layer_without_convention_is_told_by_the_probe(layer, options, probe, reason, bias, rng):
+    black_box = layer(rng, **options)
+    if bias is not None:
+        black_box.bias = np.float32(bias)
     with np.errstate(divide="ignore"), pytest.raises(ConventionError) as caught:
-        identify(layer(rng, **options), C)
+        identify(black_box, C)
     assert (caught.value.probe, reason in caught.value.reason) == (probe, True), caught.value
     assert probe in str(caught.value) and caught.value.reason in str(caught.value)
 

@@ -90,6 +90,37 @@ def test_terminal_and_picture(capsys, tmp_path, monkeypatch):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_without_an_ending_is_a_png(capsys, tmp_path):
+    printed(capsys, "--json", "--frameworks", "", "--png", str(tmp_path / "errors"))
+    assert [path.name for path in tmp_path.iterdir()] == ["errors.png"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("missing/errors.png", "cannot write to {path}: No such file or directory"),
+        ("folder.png", "cannot write to {path}: Is a directory"),
+        ("file/errors.png", "cannot write to {path}: Not a directory"),
+        ("errors.xyz", "{path} ends in .xyz, which Matplotlib cannot write; it writes "),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_probing(
+    name, message, capsys, tmp_path, monkeypatch
+):
+    def survey(*_):
+        raise AssertionError("probed")
+
+    monkeypatch.setattr("jaxbn.parity.__main__.survey", survey)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    path = tmp_path / name
+    with pytest.raises(SystemExit, match="2"):
+        main(["--json", "--device", "cpu", "--png", str(path)])
+    assert f"error: argument --png: {message.format(path=path)}" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_missing_framework_is_a_remark(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "haiku", None)
     text = printed(capsys, "--markdown", "--frameworks", "haiku")

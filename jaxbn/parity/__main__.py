@@ -50,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         parser.error(f"no device {device!r}: {error}")
 
+    if options.png is not None:
+        try:
+            options.png = _table.picture_path(options.png)
+        except ValueError as error:
+            parser.error(f"argument --png: {error}")
+
     found = survey(["ours", *names], options.dtype, device)
     if options.json:
         print(json.dumps(found, indent=2))

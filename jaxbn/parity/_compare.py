@@ -7,7 +7,7 @@ import numpy as np
 from jaxbn.parity._diagnose import diagnose
 from jaxbn.parity._fit import values
 from jaxbn.parity._layer import DifferentiableLayer, Layer
-from jaxbn.parity._report import Report, Row, measure
+from jaxbn.parity._report import Report, Row, checked_rtol, measure
 from jaxbn.parity._trace import Batch, Step, Trace, checked, record
 
 
@@ -34,8 +34,9 @@ def compare(
       agree.
 
     Raises:
-      ValueError: no batch, or one that is not (N, C), not finite or has another C.
-      TypeError: a batch or a layer of the wrong type.
+      ValueError: no batch, or one that is not (N, C), not finite or has another C; a negative or
+        infinite `rtol`, or NaN.
+      TypeError: a batch, a layer or `rtol` of the wrong type.
 
     Example:
       >>> import numpy as np, jaxbn, jaxbn.parity
@@ -57,6 +58,7 @@ def compare(
                 f"{name} must have the methods train, evaluate and running; got "
                 f"{layer!r} of type {type(layer).__name__}."
             )
+    rtol = checked_rtol(rtol)
     checked_batches = checked(batches)
     without = [
         name

@@ -135,11 +135,11 @@ def _epsilon(candidate: Seen, reference: Seen, batches: Sequence[Batch]) -> list
 
 
 def _short(epsilon: float) -> str:
-    """1e-3, as it is written in code."""
-    if epsilon == 0:
-        return "0"
-    digits, exponent = f"{epsilon:.1e}".split("e")
-    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+    """The number as it is written in code: 1e-3, and 0.25."""
+    if epsilon == 0 or 0.01 <= epsilon < 1e4:
+        return f"{epsilon:g}"
+    digits, exponent = f"{epsilon:.5e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _parameters(candidate: Seen, reference: Seen, batches: Sequence[Batch]) -> list[Reason]:

@@ -60,30 +60,49 @@ def _close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
 
 def _evaluates_with_the_batch(side: Seen, batches: Sequence[Batch]) -> bool:
     same = all(_close(s.evaluation, s.y, side.tolerance) for s in side.trace.steps)
-    return same and not _normalizes_examples(side, batches) and not _scale_is_zero(side, batches)
+    return same and _running_would_show(side, batches) and not _normalizes_examples(side, batches)
+
+
+def _running_would_show(side: Seen, batches: Sequence[Batch]) -> bool:
+    """Whether evaluation would differ from training, did it use the running statistics.
+
+    It would not where the scale is zero, and where the running statistics are the batch's own.
+    """
+    epsilon = 1e-5 if side.normalization is None else side.normalization.epsilon
+    for batch, step in zip(batches, side.trace.steps, strict=True):
+        if step.mean.shape != batch.mean.shape or step.var.shape != batch.var.shape:
+            return True
+        y = step.y.astype(np.float64)
+        ratio = np.sqrt((batch.var + epsilon) / np.maximum(step.var + epsilon, epsilon))
+        expected = slope(batch, y) * ratio * (batch.x - step.mean) + y.mean(0)
+        if not _close(expected, y, SLACK * side.tolerance):
+            return True
+    return False
 
 
 def _scale_is_zero(side: Seen, batches: Sequence[Batch]) -> bool:
-    return all(np.all(step.y == step.y[0]) for step in side.trace.steps)
+    # The output of a feature that is constant is constant at any scale.
+    varies = any(np.any(batch.var > 0) for batch in batches)
+    return varies and all(np.all(step.y == step.y[0]) for step in side.trace.steps)
 
 
 def _statistics_are_constants(side: Seen, batches: Sequence[Batch]) -> bool:
-    return all(
-        "x" in step.gradients
-        and _close(step.gradients["x"], slope(batch, step.y) * batch.dy, SLACK * side.tolerance)
-        for batch, step in zip(batches, side.trace.steps, strict=True)
-    )
+    return _gradients_are(side, batches, lambda batch: batch.dy)
 
 
 def _variance_is_constant(side: Seen, batches: Sequence[Batch]) -> bool:
-    return all(
+    return _gradients_are(side, batches, lambda batch: batch.dy - batch.dy.mean(0))
+
+
+def _gradients_are(
+    side: Seen, batches: Sequence[Batch], expected: Callable[[Batch], np.ndarray]
+) -> bool:
+    """Whether `dx` is the slope times what is expected; not where the slope is zero everywhere."""
+    slopes = [slope(batch, s.y) for batch, s in zip(batches, side.trace.steps, strict=True)]
+    return any(np.any(one != 0) for one in slopes) and all(
         "x" in step.gradients
-        and _close(
-            step.gradients["x"],
-            slope(batch, step.y) * (batch.dy - batch.dy.mean(0)),
-            SLACK * side.tolerance,
-        )
-        for batch, step in zip(batches, side.trace.steps, strict=True)
+        and _close(step.gradients["x"], one * expected(batch), SLACK * side.tolerance)
+        for one, batch, step in zip(slopes, batches, side.trace.steps, strict=True)
     )
 
 
@@ -94,13 +113,17 @@ def _normalizes_examples(side: Seen, batches: Sequence[Batch]) -> bool:
         if min(batch.x.shape) < 2 or len(batch.x) < 5:
             return False
         y = step.y.astype(np.float64)
+        largest = np.ptp(y, 0).max()
+        # Any line fits outputs that do not depend on the input.
+        if largest == 0:
+            return False
         across = make_batch(batch.x.T, batch.dy.T)
         deviation = np.sqrt(across.var + 1e-5)
         errors = []
         for line in (batch.x.astype(np.float64), ((across.centered) / deviation).T):
             as_batch = make_batch(line, batch.dy)
             residual = y - y.mean(0) - slope(as_batch, y) * as_batch.centered
-            errors.append(np.abs(residual).max() / (np.abs(y).max() or 1.0))
+            errors.append(np.abs(residual).max() / largest)
         # Within its epsilon, which is not known, the line is exact; the other is far from one.
         if errors[1] > 1e-2 or errors[1] * 10 > errors[0]:
             return False
@@ -205,13 +228,19 @@ def _mean_rounding(candidate: Seen, reference: Seen, batches: Sequence[Batch]) -
 
 
 def _constant_features(candidate: Seen, reference: Seen, batches: Sequence[Batch]) -> list[Reason]:
-    """Whether outputs differ where a feature is constant, and nowhere else."""
+    """Whether outputs differ by no more than rounding, and only where a feature is constant."""
     steps = zip(batches, candidate.trace.steps, reference.trace.steps, strict=True)
+    fits = [side.normalization for side in (candidate, reference)]
+    # Where nothing tells scale and epsilon, the usual ones.
+    known = [(np.abs(fit.scale).max(), fit.epsilon) for fit in fits if fit is not None]
+    largest = max(scale / np.sqrt(max(epsilon, 1e-12)) for scale, epsilon in known or [(1, 1e-5)])
+    unit = np.finfo(np.float32).eps
     found = False
     for batch, ours, theirs in steps:
         difference = np.abs(ours.y.astype(np.float64) - theirs.y).max(0)
         off = difference > candidate.tolerance * np.abs(theirs.y).max()
-        if np.any(off & (batch.var > 0)):
+        rounding = LAST_PLACES * unit * np.abs(batch.mean) * largest
+        if np.any(off & ((batch.var > 0) | (difference > rounding))):
             return []
         found |= bool(off.any())
     words = "features that are constant: their rounding is divided by sqrt(epsilon)"

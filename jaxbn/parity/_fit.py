@@ -3,26 +3,29 @@
 Everything is found from the recorded numbers alone, so that no layer is called for it.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn.parity._epsilon import ESTIMATORS, Slopes, plainest
 from jaxbn.parity._report import last_place_of_one, measure
 from jaxbn.parity._trace import Batch, Step, Trace
 
-ESTIMATORS = ("biased", "unbiased")
-_COMMON = (1e-5, 1e-3)
-_EPSILONS = np.array([0.0] + [m * 10.0**e for e in range(-10, 0) for m in np.arange(1, 10, 0.5)])
 # So many features tell an epsilon; the rest only cost time.
 _FEATURES = 64
+# So many different values fit into a narrow dtype by no chance: of float32, one in 2^13 does.
+_MANY = 5
 
 
 def rounding(trace: Trace) -> tuple[str | None, float]:
     """The narrow dtype that a layer's outputs fit into, if any, and their last place."""
     y = np.concatenate([step.y.astype(np.float32) for step in trace.steps])
+    # Values that do not depend on the input, as a bias or a zero, may be round in any dtype.
+    different = sum(len(np.unique(feature)) - 1 for feature in y.T)
+    if different < _MANY:
+        return None, last_place_of_one(trace.steps[0].y.dtype)
     with np.errstate(over="ignore"):
         for narrow in (jnp.bfloat16, jnp.float16):
             if np.array_equal(y.astype(narrow).astype(np.float32), y):
@@ -108,8 +111,9 @@ class Normalization(NamedTuple):
 
 def slope(batch: Batch, y: np.ndarray) -> np.ndarray:
     """The slope of `y` in `x`, per feature."""
-    x = batch.centered
-    return _ratio((x * y.astype(np.float64)).sum(0), (x**2).sum(0))
+    x, y = batch.centered, y.astype(np.float64)
+    # From the first value, so that the slope of a constant is exactly zero.
+    return _ratio((x * (y - y[:1])).sum(0), (x**2).sum(0))
 
 
 def fit_normalizations(
@@ -135,11 +139,11 @@ def fit_normalizations(
             continue
         order = np.flatnonzero(valid)[np.argsort(batches[0].var[valid])]
         some = order[np.unique(np.linspace(0, len(order) - 1, _FEATURES).astype(int))]
-        sides = []
-        for slopes, *variances in arrays:
-            logs = [_log_scale(slopes[:, some], v[:, some]) for v in variances]
-            sides.append([(log.min(1), log.max(1)) for log in logs])
-        found = _plainest(sides[0], sides[1], shared, tolerance, unit)
+        one, other = (
+            Slopes(slopes[:, some], (biased[:, some], unbiased[:, some]))
+            for slopes, biased, unbiased in arrays
+        )
+        found = plainest((one, other), shared, tolerance, unit)
         if found is not None:
             ours, theirs = (
                 _normalization(trace, side, *convention)
@@ -171,51 +175,6 @@ def _slopes(trace: Trace, batches: Sequence[Batch]) -> list[np.ndarray]:
         np.stack(slopes),
         *(np.stack([*(b.variance(e) for b in batches), *running]) for e in ESTIMATORS),
     ]
-
-
-def _log_scale(slopes: np.ndarray, variances: np.ndarray) -> np.ndarray:
-    """What each slope says the scale is, for each epsilon."""
-    return np.log(np.abs(slopes)) + np.log(variances + _EPSILONS[:, None, None]) / 2
-
-
-def _plainest(
-    candidate, reference, shared: bool, tolerance: float, unit: float
-) -> list[tuple[str, float]] | None:
-    """Estimator and epsilon of each side whose scales agree best, in the plainest class."""
-    spreads = {}
-    for a, b in itertools.product(range(2), repeat=2):
-        (low, high), (other_low, other_high) = candidate[a], reference[b]
-        if shared:
-            top = np.maximum(high[:, None], other_high[None])
-            spread = (top - np.minimum(low[:, None], other_low[None])).max(-1)
-        else:
-            spread = np.maximum(
-                (high - low).max(-1)[:, None], (other_high - other_low).max(-1)[None]
-            )
-        spreads[a, b] = spread
-    ranks = np.array([_rank(epsilon) for epsilon in _EPSILONS])
-    rank = ranks[:, None] + ranks[None]
-    same = np.eye(len(_EPSILONS), dtype=bool)
-    for mask, equal in itertools.product((same, ~same), (True, False)):
-        pairs = [pair for pair in spreads if (pair[0] == pair[1]) == equal]
-        least = min(spreads[pair][mask].min() for pair in pairs)
-        if least > tolerance:
-            continue
-        # Among those that the layers' own rounding cannot tell apart, the commonest.
-        options = []
-        for pair in pairs:
-            for i, j in np.argwhere(mask & (spreads[pair] <= 2 * least + 4 * unit)):
-                options.append((rank[i, j], spreads[pair][i, j], pair, i, j))
-        _, _, (a, b), i, j = min(options)
-        return [(ESTIMATORS[a], float(_EPSILONS[i])), (ESTIMATORS[b], float(_EPSILONS[j]))]
-    return None
-
-
-def _rank(epsilon: float) -> int:
-    if epsilon > 0 and min(abs(epsilon / common - 1) for common in _COMMON) < 1e-6:
-        return 0
-    digits = f"{epsilon:.1e}"[:3]
-    return 1 if digits in ("1.0", "0.0") else 2 if digits[2] == "0" else 3
 
 
 def missed(

@@ -147,6 +147,11 @@ def _is_normalized(
     if not normalization.inside:
         uncertain = 1e-5 + 0.03 * normalization.epsilon / (np.sqrt(var) + normalization.epsilon)
     rounding = 1e-5 * np.abs(normalization.bias) + 2e-6 * np.abs(slope) * (np.abs(x) + np.abs(mean))
+    # The fitted bias is the mean of outputs scale * x_hat + bias with x_hat close to -1 and 1. All
+    # roundings before the sum are odd in x_hat and cancel, and that of the sum is at most half a
+    # last place, 2^-24 (|scale| + |bias|). As much again is for a batch mean that is not exactly
+    # zero, as an update value by value leaves it. The bias's share is in the line above.
+    rounding += np.finfo(np.float32).eps * np.abs(normalization.scale)
     return bool(
         (np.abs(y - expected) <= uncertain * np.abs(slope * (x - mean)) + rounding + 1e-30).all()
     )

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.parity._report import Report, Row, measure
+from jaxbn.parity._model_statistics import Statistics, of_flax, of_torch, pairs_and_notes
+from jaxbn.parity._report import Report, Row, checked_rtol, measure
 from jaxbn.parity._trace import COTANGENT_SEED
 
 if TYPE_CHECKING:
@@ -29,12 +30,13 @@ _INPUT, _OUTPUT = "(input)", "(output)"
 class Pass(NamedTuple):
     """One forward and backward pass: values and gradients per intermediate, in Flax's layout.
 
-    `statistics` are the running mean and variance of each submodule that keeps any.
+    `statistics` are the running mean and variance of each submodule that keeps any, under its path
+    in its own framework.
     """
 
     values: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]
-    statistics: dict[str, tuple[np.ndarray, np.ndarray]]
+    statistics: Statistics
 
 
 def compare_models(
@@ -52,16 +54,17 @@ def compare_models(
 
     Both run in evaluation and in training, forward, and backward from `sum(output * cotangent)`
     for a fixed random cotangent. A gradient is that with respect to the intermediate. In training,
-    running statistics are compared after the step.
+    running statistics of the named submodules are compared after the step; the report notes which
+    statistics no name leads to.
 
     Args:
       flax_model: a Linen module that is bound, `model.bind(variables)`, or the pair
         `(model, variables)`.
       torch_model: the network that it should agree with. It is copied, and stays as it is.
       names: for each intermediate, the path of the submodule in Flax ("ResBlock_0/BatchNorm_1") and
-        its name in PyTorch ("blocks.0.bn2"), in the order in which they are computed. The input
-        and the output of the whole are always compared. What lies inside `nn.remat`, `nn.scan` or
-        another lifted transformation cannot be named.
+        its name in PyTorch ("blocks.0.bn2"), in the order in which they are computed; at
+        least one. The input and the output of the whole are always compared. What lies inside
+        `nn.remat`, `nn.scan` or another lifted transformation cannot be named.
       x: the input in Flax's layout, a batch of images (N, H, W, C), in the dtype of both networks.
       evaluation: what makes the Flax model evaluate: keyword arguments of its call.
       training: what makes it train. Layers that draw random numbers, as dropout does, differ.
@@ -76,8 +79,10 @@ def compare_models(
       is the first that differs.
 
     Raises:
-      ValueError: a name that one of the networks does not have or does not call exactly once.
-      TypeError: a Flax module without variables; an intermediate that is no single array.
+      ValueError: no names; a name that one of the networks does not have or does not call exactly
+        once; a negative or infinite `rtol`, or NaN.
+      TypeError: a Flax module without variables; an intermediate that is no single array; an `rtol`
+        that is not a number.
 
     Example:
       >>> import flax.linen as nn, jax, numpy as np, torch
@@ -95,34 +100,42 @@ def compare_models(
       >>> report.parted.stage, report.parted.name
       ('running statistics', 'norm mean')
     """
+    rtol = checked_rtol(rtol)
+    if not names:
+        raise ValueError(
+            "names is empty, so no intermediate and no running statistics would be compared; give "
+            "at least one pair of a path in Flax and a name in PyTorch, such as "
+            "{'block/bn': 'block.bn'}."
+        )
     module, variables = _unbound(flax_model)
     x = np.asarray(x)
     ours, theirs = {}, {}
     for mode, options in (("evaluation", evaluation), ("training", training)):
         ours[mode] = _run_flax(module, variables, list(names), x, options)
         theirs[mode] = _run_torch(torch_model, names, x, mode == "training", channels_first)
-    return Report(tuple(_rows(ours, theirs, list(names))), rtol)
+    rows, notes = _rows(ours, theirs, names)
+    return Report(tuple(rows), rtol, notes=tuple(notes))
 
 
-def _rows(ours: Mapping[str, Pass], theirs: Mapping[str, Pass], names: list[str]) -> list[Row]:
-    """A row per intermediate, in the order of the computation."""
+def _rows(
+    ours: Mapping[str, Pass], theirs: Mapping[str, Pass], names: Mapping[str, str]
+) -> tuple[list[Row], list[str]]:
+    """A row per intermediate, in the order of the computation, and what was not compared."""
     rows = []
     for mode in ours:
         a, b = ours[mode], theirs[mode]
         forward = [*names, _OUTPUT]
         rows += [measure(f"{mode} forward", k, a.values[k], b.values[k]) for k in forward]
-    a, b = ours["training"], theirs["training"]
-    for name in a.statistics:
-        if name in b.statistics:
-            for which, left, right in zip(
-                ("mean", "var"), a.statistics[name], b.statistics[name], strict=True
-            ):
-                rows.append(measure("running statistics", f"{name} {which}", left, right))
+    statistics = ours["training"].statistics, theirs["training"].statistics
+    pairs, notes = pairs_and_notes(*statistics, names)
+    for name, left, right in pairs:
+        for which, one, other in zip(("mean", "var"), left, right, strict=True):
+            rows.append(measure("running statistics", f"{name} {which}", one, other))
     for mode in ours:
         a, b = ours[mode], theirs[mode]
-        backward = [name for name in (*reversed(names), _INPUT) if name in b.gradients]
+        backward = [name for name in (*reversed(list(names)), _INPUT) if name in b.gradients]
         rows += [measure(f"{mode} backward", k, a.gradients[k], b.gradients[k]) for k in backward]
-    return rows
+    return rows, notes
 
 
 def _cotangent(shape: Sequence[int]) -> np.ndarray:
@@ -185,21 +198,22 @@ def _run_flax(
         lambda zeros: forward(zeros, values), zeros, has_aux=True
     )
     (gradients,) = pull_back(jnp.asarray(_cotangent(output.shape), output.dtype))
-    statistics = {}
-    for path in paths:
-        node: Any = updates.get("batch_stats", {})
-        for part in path.split("/"):
-            node = node.get(part, {}) if isinstance(node, Mapping) else {}
-        if "mean" in node and "var" in node:
-            statistics[path] = (np.asarray(node["mean"]), np.asarray(node["var"]))
     return Pass(
         {k: np.asarray(v) for k, v in {**intermediates, _OUTPUT: output}.items()},
         {k: np.asarray(v) for k, v in gradients.items()},
-        statistics,
+        of_flax(updates.get("batch_stats") or {}),
     )
 
 
-def _run_torch(
+def _run_torch(torch_model: torch.nn.Module, *arguments: Any) -> Pass:
+    import torch
+
+    # The caller may have turned gradients off, but gradients are what is compared here.
+    with torch.inference_mode(False), torch.enable_grad():
+        return _run_torch_with_gradients(torch_model, *arguments)
+
+
+def _run_torch_with_gradients(
     torch_model: torch.nn.Module,
     names: Mapping[str, str],
     x: np.ndarray,
@@ -212,7 +226,7 @@ def _run_torch(
     modules = dict(model.named_modules())
     _require_known(names, modules)
     calls: Counter[str] = Counter()
-    values, zeros, statistics = {}, {}, {}
+    values, zeros = {}, {}
 
     def to_flax(tensor: torch.Tensor) -> np.ndarray:
         array = _to_numpy(tensor)
@@ -240,8 +254,7 @@ def _run_torch(
     if tensor.is_floating_point():
         zeros[_INPUT] = torch.zeros_like(tensor, requires_grad=True)
         tensor = tensor + zeros[_INPUT]
-    with torch.enable_grad():
-        output = model(tensor)
+    output = model(tensor)
     _require_array("PyTorch", _OUTPUT, output, torch.Tensor)
     _require_one_call("PyTorch", names.values(), calls)
     values[_OUTPUT] = output.detach()
@@ -249,16 +262,12 @@ def _run_torch(
     if cotangent.ndim in channels_first:
         cotangent = np.moveaxis(cotangent, -1, 1)
     output.backward(torch.tensor(cotangent).to(output))
-    for name, module_name in names.items():
-        mean, var = (getattr(modules[module_name], f"running_{k}", None) for k in ("mean", "var"))
-        if mean is not None and var is not None:
-            statistics[name] = (_to_numpy(mean), _to_numpy(var))
     # An intermediate that the output does not depend on has no gradient in PyTorch; zero in JAX.
     gradients = {k: torch.zeros_like(z) if z.grad is None else z.grad for k, z in zeros.items()}
     return Pass(
         {k: to_flax(v) for k, v in values.items()},
         {k: to_flax(v) for k, v in gradients.items()},
-        statistics,
+        of_torch(modules, _to_numpy),
     )
 
 

@@ -1,6 +1,7 @@
 """What a comparison found: a row per quantity, and a text to read."""
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,6 +115,18 @@ class Report:
         ]
         left_out = len(self.rows) - len(shown)
         return table if left_out == 0 else [*table, f"({left_out} rows left out)"]
+
+
+def checked_rtol(rtol: Any) -> float:
+    """`rtol`, or an error where nothing or everything would be within it."""
+    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real):
+        raise TypeError(f"rtol must be a number, got {rtol!r} of type {type(rtol).__name__}.")
+    value = float(rtol)
+    if not 0 <= value < math.inf:
+        raise ValueError(
+            f"rtol is {value:g}; it must be finite and at least 0, such as 1e-5 for float32."
+        )
+    return value
 
 
 def measure(

@@ -87,6 +87,31 @@ def show(found: Mapping[str, Any]) -> None:
     console.print(remarks(found))
 
 
+def picture_path(path: Path) -> Path:
+    """Return where `picture` will write, or raise if it cannot. Needs Matplotlib.
+
+    Raises:
+      ValueError: Matplotlib does not write the format of the ending, or the file is not writable.
+    """
+    from matplotlib.figure import Figure
+
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    endings = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in endings:
+        raise ValueError(
+            f"{path} ends in {path.suffix}, which Matplotlib cannot write; it writes "
+            f"{', '.join(endings)}"
+        )
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"cannot write to {path}: {error.strerror}") from error
+    if is_new:
+        path.unlink()
+    return path
+
+
 def picture(found: Mapping[str, Any], path: Path) -> None:
     """The errors, a panel for each result and a colour for each layer. Needs Matplotlib."""
     from matplotlib.figure import Figure

@@ -78,7 +78,10 @@ class TorchLayer:
     def __init__(self, layer: Any):
         import torch
 
-        self.torch, self.layer = torch, copy.deepcopy(layer)
+        self.torch = torch
+        # A copy made in inference mode could not be differentiated later.
+        with torch.inference_mode(False):
+            self.layer = copy.deepcopy(layer)
         rank = {torch.nn.BatchNorm2d: 4, torch.nn.BatchNorm3d: 5}
         self.ones = (1,) * (next((r for t, r in rank.items() if isinstance(layer, t)), 2) - 2)
 
@@ -116,10 +119,13 @@ class TorchLayer:
         return self._numpy(mean).copy(), self._numpy(var).copy()
 
     def step(self, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        leaves = {"x": self._tensor(x), "scale": self.layer.weight, "bias": self.layer.bias}
-        leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        y = self.layer.train()(leaves["x"])
-        found = self.torch.autograd.grad(y, list(leaves.values()), self._tensor(dy).to(y.dtype))
+        # The caller may have turned gradients off.
+        with self.torch.inference_mode(False), self.torch.enable_grad():
+            leaves = {"x": self._tensor(x), "scale": self.layer.weight, "bias": self.layer.bias}
+            leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+            for leaf in leaves.values():
+                leaf.requires_grad_()
+            y = self.layer.train()(leaves["x"])
+            cotangent = self._tensor(dy).to(y.dtype)
+            found = self.torch.autograd.grad(y, list(leaves.values()), cotangent)
         return self._array(y), {n: self._array(g) for n, g in zip(leaves, found, strict=True)}
