@@ -88,7 +88,9 @@ LAYERS = {
         {**jaxbn.PYTORCH, "momentum": None},
     ),
     "our linen": (
-        lambda: linen(jaxbn.linen.BatchNorm(False, axis=1, momentum=None, epsilon=1e-4)),
+        lambda: linen(
+            jaxbn.linen.BatchNorm(False, 1, None, epsilon=1e-4, running_variance="unbiased")
+        ),
         convention(None, 1e-4, "biased", "unbiased"),
     ),
     "our nnx": (lambda: flax_nnx(jaxbn.nnx.BatchNorm, **jaxbn.EXERCISE), jaxbn.EXERCISE),

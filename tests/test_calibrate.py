@@ -45,8 +45,11 @@ def assert_close(a, b, tolerance):
 # Networks.
 
 
+pytorch_norm = partial(jaxbn.linen.BatchNorm, **jaxbn.PYTORCH)
+
+
 class Chain(nn.Module):
-    norm: Callable[..., Any] = jaxbn.linen.BatchNorm
+    norm: Callable[..., Any] = pytorch_norm
 
     @nn.compact
     def __call__(self, x, train):
@@ -57,7 +60,7 @@ class Chain(nn.Module):
 
 
 class Branches(nn.Module):
-    norm: Callable[..., Any] = jaxbn.linen.BatchNorm
+    norm: Callable[..., Any] = pytorch_norm
 
     @nn.compact
     def __call__(self, x, train):
@@ -79,7 +82,7 @@ class Block(nn.Module):
 
 
 class Scanned(nn.Module):
-    norm: Callable[..., Any] = jaxbn.linen.BatchNorm
+    norm: Callable[..., Any] = pytorch_norm
 
     @nn.compact
     def __call__(self, x, train):
@@ -89,7 +92,7 @@ class Scanned(nn.Module):
 
 
 class Rematerialized(nn.Module):
-    norm: Callable[..., Any] = jaxbn.linen.BatchNorm
+    norm: Callable[..., Any] = pytorch_norm
 
     @nn.compact
     def __call__(self, x, train):
@@ -207,7 +210,7 @@ def test_only_statistics_differ():
 
 
 def test_count_stays():
-    layer = jaxbn.linen.BatchNorm(momentum=None, use_running_average=False)
+    layer = pytorch_norm(momentum=None, use_running_average=False)
     x = data()
     variables: Any = layer.init(jax.random.key(0), x)
     variables["batch_stats"]["count"] += 7
@@ -220,8 +223,8 @@ def test_count_stays():
 class TwoInputs(nn.Module):
     @nn.compact
     def __call__(self, x, mask, train):
-        x = jaxbn.linen.BatchNorm(use_running_average=not train)(x, mask=mask)
-        return jaxbn.linen.BatchNorm(use_running_average=not train)(nn.tanh(x), mask=mask)
+        x = pytorch_norm(use_running_average=not train)(x, mask=mask)
+        return pytorch_norm(use_running_average=not train)(nn.tanh(x), mask=mask)
 
 
 @pytest.mark.parametrize("form", [lambda x, m: (x, m), lambda x, m: {"x": x, "mask": m}])
@@ -250,7 +253,7 @@ def test_features_without_values_keep_their_statistics():
 class CalledTwice(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        norm = jaxbn.linen.BatchNorm(use_running_average=not train)
+        norm = pytorch_norm(use_running_average=not train)
         return norm(3 * nn.tanh(norm(x)) + 1)
 
 
@@ -269,9 +272,9 @@ def test_a_layer_called_twice_keeps_both_calls():
 class PartlyFrozen(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        x = jaxbn.linen.BatchNorm(use_running_average=True)(x)
+        x = pytorch_norm(use_running_average=True)(x)
         x = nn.Dropout(0.5, deterministic=not train)(x)
-        return jaxbn.linen.BatchNorm(use_running_average=not train)(x)
+        return pytorch_norm(use_running_average=not train)(x)
 
 
 def test_modes():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import jaxbn
 import jaxbn.linen
 from jaxbn.parity import compare_models
 
@@ -32,7 +33,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         x = nn.Conv(WIDTHS[1], (3, 3), padding=1, name="conv")(x)
-        x = jaxbn.linen.BatchNorm(not train, name="bn", **self.norm)(x)
+        x = jaxbn.linen.BatchNorm(not train, name="bn", **{**jaxbn.PYTORCH, **self.norm})(x)
         return nn.relu(x) if self.relu else x
 
 
@@ -47,7 +48,8 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         x = nn.Conv(WIDTHS[0], (3, 3), padding=1, name="conv1")(x)
-        x = nn.relu(jaxbn.linen.BatchNorm(not train, name="bn1", **self.norm1)(x))
+        norm1 = {**jaxbn.PYTORCH, **self.norm1}
+        x = nn.relu(jaxbn.linen.BatchNorm(not train, name="bn1", **norm1)(x))
         x = Block(self.norm2, self.relu, name="block")(x, train)
         return nn.Dense(self.classes, name="head")(x.mean((1, 2)))
 
@@ -225,7 +227,7 @@ def test_a_fault_of_the_backward_pass_alone(theirs):
         @nn.compact
         def __call__(self, x, train):
             x = nn.Conv(WIDTHS[0], (3, 3), padding=1, name="conv1")(x)
-            x = nn.relu(jaxbn.linen.BatchNorm(not train, name="bn1")(x))
+            x = nn.relu(jaxbn.linen.BatchNorm(not train, name="bn1", **jaxbn.PYTORCH)(x))
             x = 2 * x - jax.lax.stop_gradient(x)
             x = Block({}, name="block")(x, train)
             return nn.Dense(3, name="head")(x.mean((1, 2)))

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import jaxbn
 from jaxbn.linen import BatchNorm
 
 Norm = Callable[..., Callable[[jax.Array], jax.Array]]
@@ -46,7 +47,8 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        norm = None if self.folded else partial(BatchNorm, use_running_average=not train)
+        norm = partial(BatchNorm, use_running_average=not train, **jaxbn.PYTORCH)
+        norm = None if self.folded else norm
         x = _conv_norm(images, self.width, 7, 2, norm, ("conv1", "bn1"))
         # Padded with minus infinity, as in PyTorch; PyTorch pads evenly where "SAME" does not.
         padding: Any = ((1, 1), (1, 1))
