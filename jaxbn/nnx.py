@@ -113,6 +113,8 @@ class BatchNorm(nnx.Module):
         virtual_batch_size: int | None = None,
     ):
         _checks.axis_index_groups(axis_index_groups, axis_name)
+        if not callable(promote_dtype):
+            raise TypeError(f"promote_dtype must be a function, got {promote_dtype!r}.")
         # Attributes that are not variables are part of the graph definition, which is hashed.
         self.num_features = _hashable(num_features)
         self.use_running_average = use_running_average
