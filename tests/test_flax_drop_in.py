@@ -23,11 +23,11 @@ TOLERANCE = 1e-5
 X = np.random.default_rng(0).normal(1, 2, (8, 6)).astype(np.float32)
 
 
-def trained(layer, x, *, steps=2, **call):
-    """The output and the variables after initialization, some steps, and in evaluation."""
+def trained(layer, x, **call):
+    """The output and the variables after initialization, two steps, and in evaluation."""
     initial, variables = layer.init_with_output(KEY, x, False, **call)
     results = [initial, variables]
-    for k in range(steps):
+    for k in range(2):
         y, updates = layer.apply(variables, x + k, False, mutable=["batch_stats"], **call)
         variables = {**variables, **updates}
         results += [y, variables]
@@ -83,7 +83,7 @@ class TestArguments:
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("of_input", ["bool", "uint8", "int32", "float16"])
 def test_dtypes(of_input, dtype, param_dtype):
     x = (X > 1).astype(of_input) if of_input == "bool" else np.abs(4 * X).astype(of_input)

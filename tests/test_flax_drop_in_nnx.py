@@ -95,8 +95,8 @@ def unchanged(values, **_):
 class TestDtypes:
     @pytest.mark.parametrize("promote", [None, unchanged], ids=["default", "unchanged"])
     @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
-    @pytest.mark.parametrize("of_input", ["bool", "int32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("dtype", [None, "bfloat16"])
+    @pytest.mark.parametrize("of_input", ["bool", "int32", "bfloat16"])
     def test_are_those_of_flax(self, of_input, dtype, param_dtype, promote):
         x = jnp.asarray(X > 1 if of_input == "bool" else 4 * X, of_input)
         options = {"dtype": dtype, "param_dtype": param_dtype}
