@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from jaxbn import _checks
+from jaxbn import _checks, _options
 from jaxbn._batch_norm import batch_norm
 from jaxbn._batches import arguments
 from jaxbn._moments import Moments, moments, statistics_dtype
@@ -79,6 +80,7 @@ def _linen(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model
     import flax.linen as nn
     from flax.core import DenyList, FrozenDict, unfreeze
     from flax.core.meta import unbox
+    from flax.linen.dtypes import canonicalize_dtype
     from flax.traverse_util import flatten_dict, unflatten_dict
 
     from jaxbn.linen import BatchNorm
@@ -105,9 +107,11 @@ def _linen(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model
                 return next_fun(*args, **kwargs)
 
             call = _first_free(lambda name: layer.has_variable("batch_stats", name))
-            params = {name: layer.get_variable("params", name) for name in ("scale", "bias")}
+            params = unbox({k: layer.get_variable("params", k) for k in ("scale", "bias")})
+            dtype = canonicalize_dtype(x, *params.values(), dtype=layer.dtype)
+            x = _options.floating_input(x, layer.dtype)
             given = layer.get_variable("batch_stats", f"{_GIVEN}{call}")
-            y, observed = _normalize(layer, x, mask, unbox(params), given)
+            y, observed = _normalize(layer, x, mask, params, given, dtype)
             layer.put_variable("batch_stats", f"{_OBSERVED}{call}", observed)
             return y
 
@@ -190,6 +194,8 @@ def _watched_class(of: type) -> type:
     """Return the class that layers of the class `of` have while they are observed."""
     from flax import nnx
 
+    from jaxbn.nnx import promoted
+
     (base,) = (layer for layer in _nnx_layers() if issubclass(of, layer))
 
     def __call__(self, *args, **kwargs):
@@ -200,12 +206,12 @@ def _watched_class(of: type) -> type:
             return base.__call__(self, *args, **kwargs)
         call = _first_free(lambda name: hasattr(self, name))
         given = getattr(self, f"{_GIVEN}{call}", None)
-        params = {"scale": self.scale, "bias": self.bias}
-        params = {k: None if v is None else v.get_value() for k, v in params.items()}
-        # Unlike the other three, this layer promotes the input to its statistics' dtype.
-        extra = (self.mean.get_value(),) if base is nnx.BatchNorm else ()
+        variables = (self.mean, self.var, self.scale, self.bias)
+        values = (None if v is None else v.get_value() for v in variables)
+        (x, _, _, scale, bias), dtype = promoted(self, x, *values)
         given = None if given is None else given.get_value()
-        y, observed = _normalize(self, x, mask, params, given, *extra)
+        params = {"scale": scale, "bias": bias}
+        y, observed = _normalize(self, x, mask, params, given, dtype)
         setattr(self, f"{_OBSERVED}{call}", nnx.BatchStat(observed))
         return y
 
@@ -262,14 +268,11 @@ def _normalize(
     mask: jax.Array | None,
     params: Mapping[str, jax.Array | None],
     given: Observed | None,
-    *promoting: jax.Array,
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, Observed]:
     """Return the layer's output, normalized by `given` or else by its own moments, and those."""
-    from flax.linen.dtypes import canonicalize_dtype
-
-    x = _checks.floating_array("x", x)
     feature_axes = _checks.feature_axes(layer.axis, x.shape)
-    mask = _checks.mask(mask, x.shape)
+    mask = _checks.mask(_options.boolean_mask(mask), x.shape)
     own_params = {name: leaf for name, leaf in params.items() if leaf is not None}
     wide = x.astype(statistics_dtype(x.dtype))
     reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
@@ -293,7 +296,7 @@ def _normalize(
         axis=layer.axis,
         epsilon=layer.epsilon,
         mask=mask,
-        dtype=canonicalize_dtype(x, *own_params.values(), *promoting, dtype=layer.dtype),
+        dtype=dtype,
     )
     leaf = tuple(x.shape[a] for a in feature_axes)
     ddof = int(getattr(layer, "running_variance", "biased") == "unbiased")

@@ -187,8 +187,7 @@ class BatchNorm(nnx.Module):
                 "it to BatchNorm or to the call, or set it with train(), eval() or nnx.view."
             )
         use_running_average = _checks.python_bool("use_running_average", use_running_average)
-        floating = _options.floating_input(x, self.dtype)
-        shape = floating.shape
+        shape = _options.floating_input(x, self.dtype).shape
         features = tuple(shape[a] for a in _checks.feature_axes(self.axis, shape))
         if features != _sizes(self.num_features, self.axis):
             raise ValueError(
@@ -202,10 +201,9 @@ class BatchNorm(nnx.Module):
         scale = None if self.scale is None else self.scale.get_value()
         bias = None if self.bias is None else self.bias.get_value()
 
-        given = (x, state["mean"], state["var"], scale, bias)
-        promoted = self.promote_dtype(given, dtype=self.dtype)
-        dtype = canonicalize_dtype(promoted[0], *promoted[3:], dtype=self.dtype)
-        x, mean, var, scale, bias = map(_unless_narrower, promoted, (floating, *given[1:]))
+        (x, mean, var, scale, bias), dtype = promoted(
+            self, x, state["mean"], state["var"], scale, bias
+        )
         if use_running_average:
             state = {"mean": mean, "var": var}
         params = {k: v for k, v in {"scale": scale, "bias": bias}.items() if v is not None}
@@ -240,6 +238,22 @@ class BatchNorm(nnx.Module):
             self.use_running_average = use_running_average
 
 
+def promoted(
+    layer: Any, x: ArrayLike, *others: jax.Array | None
+) -> tuple[tuple[Any, ...], jnp.dtype]:
+    """Return what a layer, this one or Flax's, computes with, and the dtype of its result.
+
+    Args:
+      layer: the layer, with its `dtype` and its `promote_dtype`.
+      x: the input.
+      *others: `mean`, `var`, `scale` and `bias`; the last two may be None.
+    """
+    result = layer.promote_dtype((x, *others), dtype=layer.dtype)
+    dtype = canonicalize_dtype(result[0], *result[3:], dtype=layer.dtype)
+    given = (_options.floating_input(x, layer.dtype), *others)
+    return tuple(map(_unless_narrower, result, given)), jnp.dtype(dtype)
+
+
 def _unless_narrower(new: Any, old: Any) -> Any:
     """Return `new`, or `old` where `new` has less precision: only the result is rounded."""
     if old is None or jnp.promote_types(new.dtype, old.dtype) == new.dtype:
@@ -250,7 +264,7 @@ def _unless_narrower(new: Any, old: Any) -> Any:
 def _sizes(num_features: int | Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
     """The size of each feature axis."""
     axes = axis if isinstance(axis, Sequence) else (axis,)
-    if not all(isinstance(a, int | np.integer) for a in axes):
+    if not all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in axes):
         raise ValueError(f"axis must be an integer or a sequence of them, got {axis!r}.")
     given = num_features if isinstance(num_features, Sequence) else (num_features,)
     try:

@@ -230,3 +230,12 @@ def test_batches_of_another_order_in_each_pass():
     want = one_step(network, variables, x)
     got = recalibrate(network, variables, Shuffled(x), train=True)
     assert_close(got["batch_stats"], want, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("layer", [jaxbn.linen.BatchNorm, nn.BatchNorm])
+def test_inputs_and_masks_of_integers(layer):
+    x, model = np.arange(12).reshape(4, 3), layer(use_running_average=False)
+    variables = model.init(jax.random.key(0), x)
+    got = recalibrate(model, variables, [x[:3], x[3:]], mask=np.array([1, 0, 1]))["batch_stats"]
+    np.testing.assert_allclose(got["mean"], [4.5, 0, 6.5], rtol=1e-6)
+    np.testing.assert_allclose(got["var"], [11.25, 1, 11.25], rtol=1e-6)

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -92,3 +93,37 @@ def test_nnx_transforms():
     )
     assert_close(one, two, TOLERANCE["float32"])
     np.testing.assert_allclose(one["layers"]["mean"][0], x.mean((0, 1)), rtol=1e-5)
+
+
+def in_bfloat16(values, dtype=None):
+    return tuple(None if v is None else jnp.asarray(v, jnp.bfloat16) for v in values)
+
+
+@pytest.mark.parametrize("promote_dtype", [None, in_bfloat16])
+@pytest.mark.parametrize("layer", [jaxbn.nnx.BatchNorm, nnx.BatchNorm])
+def test_outputs_have_the_dtype_that_the_layer_gives_them(layer, promote_dtype):
+    class Model(nnx.Module):
+        def __init__(self):
+            options = {} if promote_dtype is None else {"promote_dtype": promote_dtype}
+            self.norm = layer(4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **options)
+
+        def __call__(self, x):
+            y = self.norm(x)
+            dtypes.append(y.dtype)
+            return y
+
+    dtypes = []
+    model, x = Model(), jnp.asarray(data(), jnp.bfloat16)
+    wanted = model(x).dtype
+    assert wanted == (jnp.float32 if promote_dtype is None else jnp.bfloat16)
+    recalibrate(model, nnx.state(model), [x])
+    assert set(dtypes) == {wanted}
+
+
+@pytest.mark.parametrize("layer", [jaxbn.nnx.BatchNorm, nnx.BatchNorm])
+def test_inputs_and_masks_of_integers(layer):
+    x = np.arange(12).reshape(4, 3)
+    model = layer(3, rngs=nnx.Rngs(0))
+    got = recalibrate(model, nnx.state(model), [x[:3], x[3:]], mask=np.array([1, 0, 1]))
+    np.testing.assert_allclose(got["mean"][...], [4.5, 0, 6.5], rtol=1e-6)
+    np.testing.assert_allclose(got["var"][...], [11.25, 1, 11.25], rtol=1e-6)

@@ -59,7 +59,12 @@ def assert_close(found, wanted, tolerance=1e-12):
     )
 
 
-OPTIONS = [{}, jaxbn.EXERCISE, jaxbn.KERAS, {"momentum": None}]
+OPTIONS = [
+    {},
+    jaxbn.EXERCISE,
+    jaxbn.KERAS,
+    {"momentum": None, "running_variance": "biased"},
+]
 
 
 @pytest.mark.usefixtures("x64")

@@ -110,7 +110,9 @@ class TestAgainstTheFunction:
         ours_params, state = params(layer), stats(layer)
         options = {k: v for k, v in options.items() if not k.startswith("use_")}
         options = {**jaxbn.FLAX, **options}
-        call = {"mask": np.random.default_rng(2).random((8, 1, 6)) < 0.7} if mask else {}
+        # The cumulative average needs a mask that is the same for all features.
+        shape = (8, 1, 1 if options["momentum"] is None else 6)
+        call = {"mask": np.random.default_rng(2).random(shape) < 0.7} if mask else {}
         for x, dy in batches((8, 5, 6), "float64"):
             x = jnp.where(call["mask"], x, jnp.nan) if mask else x
             wanted, vjp, state = jax.vjp(

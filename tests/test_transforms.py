@@ -200,14 +200,19 @@ def test_buffers_can_be_donated(case):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 @pytest.mark.parametrize("momentum", [0.9, None])
-@pytest.mark.parametrize("mask", [None, np.array([True, True, False])], ids=["", "masked"])
+@pytest.mark.parametrize(
+    "mask", [None, np.array([[True], [True], [False], [True]])], ids=["", "masked"]
+)
 @pytest.mark.parametrize("train", [True, False])
 def test_strict_promotion_of_dtypes_and_ranks(dtype, momentum, mask, train):
     x = jnp.arange(24).reshape(2, 4, 3).astype(dtype)
     params, state = jaxbn.init(x.shape, track_count=True)
+    options = {"momentum": momentum, "mask": mask}
+    if momentum is None:
+        options["running_variance"] = "biased"
 
     def step(x, params, state):
-        return jaxbn.batch_norm(params, state, x, train, mask=mask, momentum=momentum)
+        return jaxbn.batch_norm(params, state, x, train, **options)
 
     wanted = step(x, params, state)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
