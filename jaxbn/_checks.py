@@ -15,6 +15,7 @@ from jaxbn._device_checks import axis_index_groups as axis_index_groups
 from jaxbn._device_checks import axis_name as axis_name
 from jaxbn._device_checks import more_than_one_value as more_than_one_value
 from jaxbn._device_checks import plain
+from jaxbn._device_checks import well_formed_axis_name as well_formed_axis_name
 
 # Floating dtypes that no batch norm can be computed with, and why.
 _UNUSABLE = {
@@ -38,6 +39,11 @@ def floating_array(name: str, value: ArrayLike) -> jax.Array:
             f"{name} must be an array of NumPy or JAX, got a {type(value).__module__}."
             f"{type(value).__name__}."
         ) from None
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} must be of a real floating dtype, got {dtype}: complex numbers are not "
+            f"supported."
+        )
     if not is_floating:
         raise TypeError(
             f"{name} must be of a floating dtype, got {dtype}; convert it, for instance with "

@@ -36,11 +36,12 @@ class Convention(Mapping[str, Any]):
         return {**other, **self} if isinstance(other, Mapping) else NotImplemented
 
 
-#: PyTorch's, and the defaults of `batch_norm`. Its own momentum, 0.1, weighs the new value.
+#: PyTorch's, and the defaults of the function `batch_norm`. PyTorch writes the momentum as 0.1, the
+#: weight of the new value.
 PYTORCH = Convention(0.9, 1e-5, "biased", "unbiased")
-#: That of `flax.linen.BatchNorm` and `flax.nnx.BatchNorm`, and the defaults of the layers here.
+#: Flax's, and the defaults of the layers `jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm`.
 FLAX = Convention(0.99, 1e-5, "biased", "biased")
-#: That of `keras.layers.BatchNormalization`.
+#: Keras', of `keras.layers.BatchNormalization`.
 KERAS = Convention(0.99, 1e-3, "biased", "biased")
 #: That of the exercise which the project grew from.
 EXERCISE = Convention(0.9, 1e-5, "unbiased", "unbiased")

@@ -26,12 +26,11 @@ def axis_index_groups(groups: Sequence[Sequence[int]] | None, axis_name: Hashabl
         )
 
 
-def axis_name(
-    axis_name: Hashable | None, axis_index_groups: Sequence[Sequence[int]] | None
-) -> None:
+def well_formed_axis_name(axis_name: Hashable | Sequence[Hashable] | None) -> None:
+    """Check that `axis_name` can be a name, whether or not it is bound."""
     if axis_name is None:
         return
-    names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
+    names = _names(axis_name)
     if not names or not all(isinstance(n, Hashable) and not isinstance(n, int) for n in names):
         raise ValueError(
             f"axis_name must be the name of a mapped axis, a tuple of them, or None, got "
@@ -39,6 +38,16 @@ def axis_name(
         )
     if len(set(names)) < len(names):
         raise ValueError(f"axis_name must name each mapped axis once, got {axis_name!r}.")
+
+
+def axis_name(
+    axis_name: Hashable | Sequence[Hashable] | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+) -> None:
+    """Check that `axis_name` names mapped axes around the call, which have the groups."""
+    well_formed_axis_name(axis_name)
+    if axis_name is None:
+        return
     try:
         size = _devices(axis_name, None)
     except NameError:
@@ -55,7 +64,7 @@ def axis_name(
             f"axis_index_groups={axis_index_groups!r} must be groups of one size that hold each "
             f"index of axis_name={axis_name!r}, 0 to {size - 1}, once."
         )
-    if not _has_groups(axis_name, names, axis_index_groups):
+    if not _has_groups(axis_name, axis_index_groups):
         raise ValueError(
             f"axis_index_groups={axis_index_groups!r} need an axis of pmap, or of shard_map with "
             f"check_vma=False, as JAX has no groups elsewhere: axis_name={axis_name!r} is an axis "
@@ -81,13 +90,15 @@ def more_than_one_value(
         )
 
 
-def _has_groups(
-    axis_name: Hashable, names: Sequence[Hashable], groups: Sequence[Sequence[int]]
-) -> bool:
+def _names(axis_name: Hashable | Sequence[Hashable]) -> Sequence[Hashable]:
+    return axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
+
+
+def _has_groups(axis_name: Hashable | Sequence[Hashable], groups: Sequence[Sequence[int]]) -> bool:
     """Whether JAX implements collectives of groups of this axis."""
     # The axes of pmap and shard_map are manual axes of a mesh; those of vmap are not. Asking the
     # mesh first matters in a jit within a vmap, where JAX would raise after this trace only.
-    if not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    if not set(_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes):
         return False
     try:
         jax.eval_shape(

@@ -1,6 +1,6 @@
 """What the Linen and NNX layers share: their options are checked, their inputs converted."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ def check(layer: Any) -> None:
     if layer.dtype is not None:
         _checks.floating_dtype("dtype", layer.dtype)
     _checks.floating_dtype("param_dtype", layer.param_dtype)
-    _axis_name(layer.axis_name)
+    _checks.well_formed_axis_name(layer.axis_name)
     _checks.axis_index_groups(layer.axis_index_groups, layer.axis_name)
     _checks.estimator("batch_variance", layer.batch_variance)
     _checks.estimator("running_variance", layer.running_variance)
@@ -51,13 +51,3 @@ def boolean_mask(mask: ArrayLike | Sequence[Any] | None) -> Any:
     ):
         return jnp.asarray(mask) != 0
     return mask
-
-
-def _axis_name(axis_name: Hashable | Sequence[Hashable] | None) -> None:
-    """Raise if `axis_name` cannot be a name. `_checks.axis_name` also wants it to be bound."""
-    names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
-    if not names or not all(isinstance(n, Hashable) and not isinstance(n, int) for n in names):
-        raise ValueError(
-            f"axis_name must be the name of a mapped axis, a tuple of them, or None, got "
-            f"{axis_name!r}."
-        )

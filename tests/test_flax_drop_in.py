@@ -332,7 +332,9 @@ class TestWhatRemainsDifferent:
         )
 
     def test_complex(self):
-        with pytest.raises(TypeError, match=r"^x must be of a floating dtype, got complex64"):
+        with pytest.raises(
+            TypeError, match=r"^x must be of a real floating dtype, got complex64: "
+        ):
             ours().init(KEY, X.astype("complex64"), False)
 
     def test_mask_in_evaluation(self):

@@ -514,6 +514,10 @@ CONSTRUCTION = {
               "or a sequence with the size of each, got 3 for axis=(1, 2)."),
     "axis": (3, {"axis": None}, ValueError,
              "axis must be an integer or a sequence of them, got None."),
+    "boolean axis": (3, {"axis": True}, ValueError,
+                     "axis must be an integer or a sequence of them, got True."),
+    "repeated axis name": (3, {"axis_name": ("a", "b", "a")}, ValueError,
+                           "axis_name must name each mapped axis once, got ('a', 'b', 'a')."),
     "momentum": (3, {"momentum": -1}, ValueError, "momentum must be None or lie in [0, 1], got -1. "
                  "It is the weight of the old value: PyTorch's momentum is one minus it."),
     "epsilon": (3, {"epsilon": -1}, ValueError,
@@ -570,7 +574,7 @@ def test_errors_of_a_call(case):
 
 def test_errors_of_wrong_kinds_at_call():
     layer = ours(3)
-    with pytest.raises(TypeError, match=r"^x must be of a floating dtype, got complex64; convert "):
+    with pytest.raises(TypeError, match=r"^x must be of a real floating dtype, got complex64: "):
         layer(jnp.ones((8, 3), jnp.complex64))
     with pytest.raises(TypeError, match=r"^mask must be an array of booleans, got complex64\.$"):
         layer(jnp.ones((8, 3)), mask=jnp.ones((8, 3), jnp.complex64))
