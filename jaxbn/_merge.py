@@ -40,7 +40,9 @@ def merge(
         layers of a tree differ in it, because their images differ in size for one, a tree of
         numbers that is a prefix of the state. A part of no values counts for nothing, and its state
         may hold NaN.
-      running_variance: the estimator of the variances in the states, and in the result.
+      running_variance: the estimator of the variances in the states, and in the result. **The
+        default, "unbiased", is right for states that `batch_norm` tracks by default. The layers
+        track the biased variance by default, so for their states pass "biased".**
 
     Returns:
       A state of the structure, shapes and dtypes of the first. Each `count` is the sum.
@@ -60,6 +62,12 @@ def merge(
       {'mean': Array([4.], dtype=float32), 'var': Array([10.], dtype=float32)}
       >>> print(x.var(0, ddof=1))
       [10.]
+
+      The layers track the biased variance:
+
+      >>> states = [{"mean": part.mean(0), "var": part.var(0)} for part in (x[:3], x[3:])]
+      >>> merge(states, [3, 2], running_variance="biased")
+      {'mean': Array([4.], dtype=float32), 'var': Array([8.], dtype=float32)}
 
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
     Sample Variances", 1979.

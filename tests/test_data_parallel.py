@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from train_examples.data_parallel import __main__ as command
+from train_examples.data_parallel import train as training
 from train_examples.data_parallel.batches import Batch, data_mesh, padded, replicated, spread
 from train_examples.data_parallel.compare import distance
 from train_examples.data_parallel.config import MODES, Config, parse_args
@@ -159,3 +160,18 @@ def test_bad_mode():
 def test_resume_without_a_checkpoint(tmp_path):
     with pytest.raises(SystemExit, match="error: --resume: there is no checkpoint"):
         command.main(["--resume", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupt(processes, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run", interrupted)
+    monkeypatch.setattr(command, "launch", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        command.main([f"--processes={processes}", "--devices=1", "--out", str(tmp_path)])
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == (
+        f"stopped; --resume --out {tmp_path} goes on after the last whole epoch.\n"
+    )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from train_examples.data_parallel.config import parse_args
 from train_examples.data_parallel.launch import launch
-from train_examples.digits.config import UserError
+from train_examples.digits.config import INTERRUPTED, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,7 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume --out {config.out} goes on after the last whole epoch.")
+        print(
+            f"stopped; --resume --out {config.out} goes on after the last whole epoch.",
+            file=sys.stderr,
+        )
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

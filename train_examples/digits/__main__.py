@@ -7,13 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from train_examples.digits.checkpoint import has_checkpoint
-from train_examples.digits.config import Config, UserError, parse_args
+from train_examples.digits.config import INTERRUPTED, Config, UserError, parse_args
 from train_examples.digits.plots import write_pictures
 from train_examples.digits.storage import writing
 from train_examples.digits.train import Result, train
-
-# The exit status of a program that Ctrl-C ends: 128 and the number of the signal.
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 DATASETS = ("digits", "mnist", "cifar10")
 DTYPES = ("float32", "bfloat16", "float64")
+# The exit status of a program that Ctrl-C ends: 128 and the number of the signal.
+INTERRUPTED = 130
 
 
 class UserError(ValueError):
