@@ -38,7 +38,8 @@ class BatchNorm(nn.Module):
         False in training. Give it either here or at call.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
-        averages all batches so far with equal weights, and adds `count` to `batch_stats`.
+        averages all batches so far with equal weights, and adds `count` to `batch_stats`. A `mask`
+        must then have size 1 along the features, and `running_variance` be "biased".
       epsilon: a small number that is added to the variance.
       dtype: the dtype of the result, by default the one that input and parameters promote to.
       param_dtype: the dtype of `scale` and `bias`.

@@ -45,9 +45,9 @@ class BatchNorm(nnx.Module):
         with None, every call must give it.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
-        averages all batches so far with equal weights, and adds the `BatchStat` `count`. After
-        loading statistics that come without a count, set it: from zero, the next batch would
-        replace them.
+        averages all batches so far with equal weights, and adds the `BatchStat` `count`. A `mask`
+        must then have size 1 along the features, and `running_variance` be "biased". After loading
+        statistics that come without a count, set it: from zero, the next batch would replace them.
       epsilon: a small number that is added to the variance.
       dtype: the dtype of the result, by default the one that input, parameters and statistics
         promote to.
