@@ -9,14 +9,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _checks
-from jaxbn._ghost import in_groups, kept_axes
+from jaxbn import _checks, _fusion
+from jaxbn._call import check
+from jaxbn._ghost import in_groups
 from jaxbn._moments import NAME as MOMENTS_NAME
-from jaxbn._moments import Moments, apart, moments, statistics_dtype
+from jaxbn._moments import moments, statistics_dtype
 from jaxbn._running import Estimator, State, update, variance
 
 Params = Mapping[str, jax.Array]
-_KEEP_MOMENTS = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)
+# The backward pass needs x, in the dtype that it came in, and the moments. The rest is arithmetic on
+# single values, which costs less to repeat than to keep.
+_recomputed = partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME),
+    prevent_cse=False,
+)
 StateT = TypeVar("StateT", bound=State | None)
 
 
@@ -166,90 +173,92 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift", 2015, algorithms 1 and 2.
     """
-    x = _checks.floating_array("x", x)
-    feature_axes = _checks.feature_axes(axis, x.shape)
-    _checks.params(params, x.shape, feature_axes)
-    _checks.state(state, x.shape, feature_axes)
-    train = _checks.python_bool("train", train)
-    use_batch = train or state is None
-    _checks.momentum(momentum, state, train)
-    _checks.epsilon(epsilon, use_batch, statistics_dtype(x.dtype))
-    _checks.estimator("batch_variance", batch_variance)
-    _checks.estimator("running_variance", running_variance)
-    mask = _checks.mask(mask, x.shape)
-    if momentum is None and mask is not None and train and state is not None:
-        _checks.cumulative_average(mask.shape, feature_axes, running_variance)
-    dtype = x.dtype if dtype is None else _checks.floating_dtype("dtype", dtype)
-    _checks.axis_index_groups(axis_index_groups, axis_name)
-    ghosts = _checks.virtual_batch_size(virtual_batch_size, x.shape, feature_axes, use_batch)
-    # The devices share the statistics that normalize, or, of ghost batches, those that are tracked.
-    normalized_over, tracked_over = (axis_name, axis_index_groups), (None, None)
-    if ghosts is not None:
-        normalized_over, tracked_over = tracked_over, normalized_over
-    if use_batch:
-        _checks.axis_name(axis_name, axis_index_groups)
-        if "unbiased" in (batch_variance, running_variance):
-            _checks.more_than_one_value(x.shape, feature_axes, ghosts, *normalized_over)
+    call = check(
+        params,
+        state,
+        x,
+        train,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        batch_variance=batch_variance,
+        running_variance=running_variance,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        mask=mask,
+        dtype=dtype,
+        virtual_batch_size=virtual_batch_size,
+    )
+    scale = call.feature(params.get("scale", 1))
+    bias = call.feature(params.get("bias", 0))
+    running = None if state is None else [call.feature(state[key]) for key in ("mean", "var")]
+    epsilon = jnp.asarray(epsilon, scale.dtype)
 
-    features = tuple(n if a in feature_axes else 1 for a, n in enumerate(x.shape))
-    kept = feature_axes if ghosts is None else kept_axes(feature_axes, ghosts[0])
-    dtype_of_statistics = statistics_dtype(x.dtype)
+    @_recomputed
+    def normalize_by_running(x, mask, scale, bias, mean, var):
+        y = _normalize(x, mask, scale, bias, mean, jnp.zeros_like(mean), var + epsilon)
+        return y.astype(call.dtype)
 
-    def feature(leaf: ArrayLike) -> jax.Array:
-        return jnp.asarray(leaf, dtype_of_statistics).reshape(features)
+    @_recomputed
+    def normalize_by_batch(x, mask, scale, bias, shift):
+        batch = moments(x.astype(scale.dtype), mask, shift, x.dtype, call.axes, *sharing)
+        mean_high, var = lax.stop_gradient(batch.mean_high), variance(batch, batch_variance)
+        y = _normalize(x, mask, scale, bias, mean_high, batch.mean_low, var + epsilon)
+        return y.astype(call.dtype), batch
 
-    # The backward pass needs x, as it came, and the moments. The rest is arithmetic on single
-    # values, which costs less to repeat than to keep.
-    @partial(jax.checkpoint, policy=_KEEP_MOMENTS, prevent_cse=False)
-    def normalize(
-        x: jax.Array, mask: jax.Array | None, scale: jax.Array, bias: jax.Array
-    ) -> tuple[jax.Array, Moments | None]:
-        narrow, x = x, x.astype(dtype_of_statistics)
-        if use_batch:
-            reduced_axes = tuple(a for a in range(x.ndim) if a not in kept)
-            batch = moments(x, narrow, mask, reduced_axes, *normalized_over)
-            shift, mean = lax.stop_gradient(batch.shift), batch.mean
-            var = variance(batch, batch_variance)
-        else:
-            assert state is not None
-            batch = None
-            shift, mean, var = feature(state["mean"]), 0, feature(state["var"])
-        # y = scale (x - shift - mean) / sqrt(var + epsilon) + bias, with all that is constant
-        # within a feature computed once, so that its derivative takes two sums and one pass.
-        slope = scale / jnp.sqrt(var + jnp.asarray(epsilon, dtype_of_statistics))
-        offset = bias - mean * slope
-        if mask is None:
-            y = _line(x, narrow, shift, slope, offset)
-        else:
-            x = jnp.where(mask, x, shift)
-            y = jnp.where(mask, _line(x, x, shift, slope, offset), bias)
-        return y.astype(dtype), batch
+    if running is not None and not train:
+        return normalize_by_running(call.x, call.mask, scale, bias, *running), state
 
-    scale = feature(params.get("scale", jnp.ones(features)))
-    bias = feature(params.get("bias", jnp.zeros(features)))
-    if ghosts is None:
-        y, batch = normalize(x, mask, scale, bias)
-        batches = jax.tree.map(lambda leaf: leaf[None], batch)
-    else:
-        y, batches = in_groups(normalize, *ghosts)(x, mask, scale, bias)
-    if state is None or batches is None:
+    # Devices share the statistics that normalize or, of ghost batches, those that are tracked.
+    sharing, averaging = (axis_name, axis_index_groups), (None, None)
+    if call.ghosts is not None:
+        sharing, averaging = averaging, sharing
+    arguments = (call.x, call.mask, scale, bias, _known_shift(call.x.dtype, running))
+    y, batches = in_groups(normalize_by_batch, call.ghosts)(*arguments)
+    if state is None:
         return y, state
-    new_state = update(state, batches, momentum, running_variance, *tracked_over)
+    new_state = update(state, batches, momentum, running_variance, *averaging)
     return y, cast(StateT, lax.stop_gradient(new_state))
 
 
-@jax.custom_jvp
-def _line(
-    x: jax.Array, narrow: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array
-) -> jax.Array:
-    del narrow
+def _known_shift(dtype: jnp.dtype, running: Sequence[jax.Array] | None) -> jax.Array | None:
+    """Return the running mean of an input in half precision: a shift that is known beforehand.
+
+    The sums about it can then be taken where `x` is computed, with no reading at all, and devices
+    that know it can add them up. About a shift that is r deviations from the mean, they lose
+    r² 2^-24 of the variance. The rounding of `x` itself moved its values by r 2^-9 of a deviation
+    in bfloat16 and r 2^-12 in float16, which is more for every r that such values can have while
+    they still differ (2^8 and 2^11).
+    """
+    if running is None or jnp.finfo(dtype).bits > 16:
+        return None
+    mean = lax.stop_gradient(running[0])
+    return jnp.where(jnp.isfinite(mean), mean, 0)
+
+
+def _normalize(x, mask, scale, bias, mean_high, mean_low, var):
+    """Return `scale (x - mean) / sqrt(var) + bias`, and `bias` where the mask is false.
+
+    What is constant within a feature is computed once, so that the derivative takes two sums.
+    """
+    narrow, x = x.dtype, x.astype(scale.dtype)
+    slope = scale / jnp.sqrt(var)
+    offset = bias - mean_low * slope
+    if mask is None:
+        return _line(narrow, x, mean_high, slope, offset)
+    x = jnp.where(mask, x, mean_high)
+    return jnp.where(mask, _line(x.dtype, x, mean_high, slope, offset), bias)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _line(narrow, x, shift, slope, offset):
     return (x - shift) * slope + offset
 
 
 @_line.defjvp
-def _line_jvp(primals, tangents):
-    """The product rule, as it would be found without being written, but for `apart`."""
-    x, narrow, shift, slope, _ = primals
-    dx, _, dshift, dslope, doffset = tangents
-    own_x, own_shift = apart(x, narrow, shift)
-    return _line(*primals), (dx - dshift) * slope + (own_x - own_shift) * dslope + doffset
+def _line_jvp(narrow, primals, tangents):
+    """The product rule, with the sums of its transpose taken as `_fusion` knows best."""
+    x, shift, slope, _ = primals
+    dx, dshift, dslope, doffset = tangents
+    own = _fusion.line(narrow, x, shift, dslope, doffset)
+    return _line(narrow, *primals), (dx - dshift) * slope + own

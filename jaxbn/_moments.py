@@ -7,83 +7,92 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from jaxbn import _fusion
+
 # The name of the moments for policies of `jax.checkpoint`.
 NAME = "batch_norm_moments"
+# The shift is the mean of one value in this many, or of a few more.
+FRACTION = 16
 
 
 def statistics_dtype(*dtypes: DTypeLike) -> jnp.dtype:
-    """Float32 at least: half precision neither sums nor averages well."""
+    """Return float32 at least: half precision neither sums nor averages well."""
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
 class Moments(NamedTuple):
-    """What is known of a batch, each of a shape that broadcasts against it.
+    """The moments of a batch, each of a shape that broadcasts against it.
 
-    The batch's mean is `shift + mean`: a number next to it, and what that number lacks. Kept apart,
-    the two say where the mean lies to a fraction of a deviation, however far from zero it is.
+    The mean is stored as an unevaluated sum of two floats, so it stays accurate relative to the
+    deviation even far from zero. The variance is the biased one.
     """
 
     n: jax.Array
-    shift: jax.Array
-    mean: jax.Array
+    mean_high: jax.Array
+    mean_low: jax.Array
     var: jax.Array
 
-
-@jax.custom_jvp
-def apart(x: jax.Array, narrow: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    """`x`, converted anew from `narrow`, and `others`, as they are: the identity.
-
-    What two sums share, a conversion or a subtraction, the compiler for CPUs computes once and
-    writes out, where each could compute it on its way. A barrier, over different `others` for each,
-    keeps them from sharing.
-    """
-    own, *own_others = lax.optimization_barrier((narrow, *others))
-    return own.astype(x.dtype), *own_others
+    @property
+    def mean(self) -> jax.Array:
+        return self.mean_high + self.mean_low
 
 
-@apart.defjvp
-def _apart_jvp(primals, tangents):
-    dx, _, *others = tangents
-    own = apart(*primals)
-    # A barrier gives all that passes it the mapped axes of each, which tangents must have too.
-    return own, tuple(d + jnp.zeros_like(v) for d, v in zip((dx, *others), own, strict=True))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
 def moments(
     x: jax.Array,
-    narrow: jax.Array,
     mask: jax.Array | None,
+    shift: jax.Array | None,
+    narrow: DTypeLike,
     axes: tuple[int, ...],
     axis_name: Hashable | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Moments:
-    """Moments of `x` over `axes`, where `mask` is true, and over the devices of `axis_name`.
+    r"""Return the moments of `x` over `axes`, where `mask` is true, and over mapped devices.
 
-    `narrow` is `x` before it was converted to the dtype of the statistics. The values are read from
-    it, the derivative is with respect to `x`.
+    With deviations :math:`d = x - s` from a shift :math:`s`,
 
-    The variance is the biased one. `n` and `shift` have no derivative; those of the others are
-    `dmean = E[dx]` and `dvar = 2 E[(x - shift - mean) dx]`, whichever way the values were found.
+    .. math::
+
+        \mu = s + E[d], \quad \sigma^2 = E[d^2] - E[d]^2
+
+    takes one reading of `x`, and is as accurate as the shift is close to the mean: the rounding
+    error of the sums, relative to the variance, is multiplied by
+    :math:`E[d^2] / \sigma^2 = 1 + (s - \mu)^2 / \sigma^2`.
+
+    Without a `shift` it is the mean of a sixteenth of the values. That is close enough for any
+    values whatever: if a fraction 1 / f of them has the mean s and the others have the mean t,
+    then the variance between these two parts alone, which the whole variance exceeds, is
+    :math:`(s - \mu)^2 / (f - 1)`. So the factor is at most f. A given `shift` must be the same on
+    all devices, and is meant for half precision (see `_batch_norm`).
+
+    `narrow` is the dtype in which the values of `x` came, before it was converted.
+
+    The count and `mean_high` have no derivative. Those of the others are `E[dx]` and
+    `2 E[(x - mean) dx]`, whatever the shift.
     """
-    own = _moments_on_one_device(x, narrow, mask, axes)
-    if axis_name is None:
-        return own
-    return _pool(_gather(own, axis_name, axis_index_groups))
+    is_shared = shift is not None
+    if shift is None:
+        shift = _sample_mean(x, mask, axes)
+    sums = _sums(x, mask, shift, narrow, axes)
+    if axis_name is not None and is_shared:
+        sums = lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
+    batch = _about(shift, sums, _unit(x, axes))
+    if axis_name is not None and not is_shared:
+        batch = _merge(_gather(batch, axis_name, axis_index_groups))
+    return batch
 
 
 @moments.defjvp
-def _moments_jvp(axes, axis_name, axis_index_groups, primals, tangents):
-    x, narrow, mask = primals
+def _moments_jvp(narrow, axes, axis_name, axis_index_groups, primals, tangents):
+    x, mask, _ = primals
     dx, *_ = tangents
-    batch = checkpoint_name(moments(x, narrow, mask, axes, axis_name, axis_index_groups), NAME)
-    x, shift, mean = apart(x, narrow, batch.shift, batch.mean)
-    deviation = x - shift - mean
+    batch = moments(*primals, narrow, axes, axis_name, axis_index_groups)
+    batch = checkpoint_name(batch, NAME)
+    deviation = x - batch.mean_high - batch.mean_low
     if mask is not None:
         deviation = jnp.where(mask, deviation, 0)
         dx = jnp.where(mask, dx, 0)
@@ -91,93 +100,119 @@ def _moments_jvp(axes, axis_name, axis_index_groups, primals, tangents):
     if axis_name is not None:
         sums = lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
     dmean, dvar = (total / jnp.maximum(batch.n, 1) for total in sums)
-    return batch, Moments(jnp.zeros_like(batch.n), jnp.zeros_like(batch.shift), dmean, dvar)
+    return batch, Moments(jnp.zeros_like(batch.n), jnp.zeros_like(batch.mean_high), dmean, dvar)
 
 
-@partial(jax.jit, static_argnums=3)
-def _moments_on_one_device(
-    x: jax.Array, narrow: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
-) -> Moments:
-    n = _count(x, mask, axes)
+def _sample_mean(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """Return the mean of a sixteenth of the values of each feature.
+
+    Under a mask, where that part may hold no value that counts, it is the mean of all.
+    """
+    part = x if mask is not None else _sample(x, axes)
+    n = jnp.maximum(_count(part, mask, axes), 1)
+    unit = _unit(part, axes)
+    mean = _sum(part * unit, axes, mask) / (n * unit)
+    # Once more about that mean, which takes out its rounding error: far from zero that may exceed
+    # the deviation, and a constant feature gets its very value.
+    return mean + _sum(part - mean, axes, mask) / n
+
+
+def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Return a few consecutive indices of one reduced axis, from its middle.
+
+    The axis is the longest but the first, along which batches are split over devices, so that each
+    device samples its own examples. The first is taken where there is no other.
+    """
+    if not axes:
+        return x
+    axis = max(axes[1:], key=lambda a: x.shape[a], default=axes[0])
+    if x.shape[axis] < 2:
+        axis = axes[0]
+    size = -(-x.shape[axis] // FRACTION)
+    start = (x.shape[axis] - size) // 2
+    return lax.slice_in_dim(x, start, start + size, axis=axis)
+
+
+def _sums(
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    narrow: DTypeLike,
+    axes: tuple[int, ...],
+) -> jax.Array:
+    """Return, stacked, the count, the sum of the deviations, and that of their squares times unit.
+
+    Scaled before they are summed, squares do not overflow while their mean does not.
+    """
+    own_x, own_shift = _fusion.apart(narrow, x, shift)
+    total = _sum(own_x - own_shift, axes, mask)
+    own_x, own_shift, _ = _fusion.apart(narrow, x, shift, total)
+    deviation = own_x - own_shift
+    squares = _sum(deviation * (deviation * _unit(x, axes)), axes, mask)
+    return jnp.stack(jnp.broadcast_arrays(_count(x, mask, axes), total, squares))
+
+
+def _about(shift: jax.Array, sums: jax.Array, unit: float) -> Moments:
+    """Return the moments, given the sums about a shift."""
+    n, total, squares = sums
     divisor = jnp.maximum(n, 1)
-
-    def is_accurate(batch: Moments) -> jax.Array:
-        # Var = E[d^2] - E[d]^2 has at most twice the rounding error of E[d^2].
-        return (jnp.abs(batch.mean) <= jnp.sqrt(batch.var)) & (batch.var < jnp.inf)
-
-    def needs_another_pass(passes_and_batch: tuple[jax.Array, Moments]) -> jax.Array:
-        passes, batch = passes_and_batch
-        return (passes < 3) & ~jnp.all(is_accurate(batch))
-
-    def about_the_mean(passes_and_batch: tuple[jax.Array, Moments]) -> tuple[jax.Array, Moments]:
-        passes, batch = passes_and_batch
-        shift = jnp.where(is_accurate(batch), batch.shift, batch.shift + batch.mean)
-        x1, shift1 = apart(x, narrow, shift)
-        mean = _sum(x1 - shift1, axes, mask) / divisor
-        # Divided before the sum, which would overflow for deviations that their square does not.
-        x2, shift2, _ = apart(x, narrow, shift, mean)
-        deviation = x2 - shift2
-        mean_square = _sum(deviation * (deviation / divisor), axes, mask)
-        var = jnp.maximum(mean_square - jnp.square(mean), 0)
-        return passes + 1, Moments(n, shift, mean, var)
-
-    # The first pass, about zero, mostly is enough. A second is about a mean that is right but for
-    # rounding, a third about the number nearest to it: of equal values, their value.
-    x1, _ = apart(x, narrow, n)
-    mean = _sum(x1, axes, mask) / divisor
-    x2, _ = apart(x, narrow, mean)
-    var = jnp.maximum(_sum(jnp.square(x2), axes, mask) / divisor - jnp.square(mean), 0)
-    first = jnp.ones((), jnp.int32), Moments(n, jnp.zeros_like(mean), mean, var)
-    _, batch = lax.while_loop(needs_another_pass, about_the_mean, first)
-
-    nearest = batch.shift + batch.mean
-    return Moments(n, nearest, (batch.shift - nearest) + batch.mean, batch.var)
+    mean = total / divisor
+    var = jnp.maximum(squares / (divisor * unit) - jnp.square(mean), 0)
+    mean_high = shift + mean
+    return Moments(n, mean_high, (shift - mean_high) + mean, var)
 
 
-def _pool(parts: Moments) -> Moments:
-    """Moments of the whole from its parts', stacked on the first axis (Chan et al., 1979)."""
+def _merge(parts: Moments) -> Moments:
+    """Return the moments of all devices, given each one's on the first axis (Chan et al., 1979)."""
     n = _sum(parts.n, (0,))
     weight = parts.n / jnp.maximum(n, 1)
-    shift, mean = jnp.zeros_like(parts.shift[:1]), jnp.zeros_like(parts.mean[:1])
-    deviation = parts.mean
+    mean_high, mean_low = jnp.zeros_like(n), jnp.zeros_like(n)
+    deviation = parts.mean_low
     for _ in range(3):
-        # As within one part: about zero, about the mean, about the number nearest to it.
-        shift = shift + mean
-        deviation = (parts.shift - shift) + parts.mean
-        mean = _sum(weight * deviation, (0,))
-    apart = deviation - mean
-    # Weighed before squared, which would overflow for deviations that their square does not.
-    var = _sum(weight * parts.var + apart * (weight * apart), (0,))
-    return Moments(*(whole[0] for whole in (n, shift, mean, var)))
+        # About zero, about the mean but for rounding, and about the number nearest to the mean.
+        mean_high = mean_high + mean_low
+        deviation = (parts.mean_high - mean_high) + parts.mean_low
+        mean_low = _sum(weight * deviation, (0,))
+    between = deviation - mean_low
+    # Weighted before it is squared, which would overflow where the mean of the squares does not.
+    var = _sum(weight * parts.var + between * (weight * between), (0,))
+    return Moments(*(value[0] for value in (n, mean_high, mean_low, var)))
 
 
 def _gather(
     own: Moments, axis_name: Hashable, axis_index_groups: Sequence[Sequence[int]] | None
 ) -> Moments:
-    """Every device's moments, stacked on a new first axis, in one collective.
-
-    A sum of tables in which each device fills one row: unlike `all_gather`, `shard_map` knows the
-    result to be the same on every device.
-    """
+    """Return every device's moments, stacked on a new first axis, in one collective."""
     row = jnp.stack(jnp.broadcast_arrays(*own))
-    index = lax.axis_index(axis_name)
-    if axis_index_groups is not None:
-        # The place of a device within its group.
-        index = jnp.asarray(np.argsort(np.concatenate(axis_index_groups)))[index]
-        index = index % len(axis_index_groups[0])
-    size = lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
-    is_own = jnp.arange(size).reshape(-1, *[1] * row.ndim) == index
-    table = lax.psum(jnp.where(is_own, row, 0), axis_name, axis_index_groups=axis_index_groups)
+    # Where `shard_map` checks, this makes the row vary over the devices, even if `x` does not; the
+    # table is then known to be the same on all of them.
+    row = row + 0 * lax.axis_index(axis_name).astype(row.dtype)
+    names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
+    is_checked = set(names) <= jax.typeof(row).manual_axis_type.varying
+    table = lax.all_gather(
+        row,
+        axis_name,
+        axis_index_groups=axis_index_groups,
+        to="invarying" if is_checked else "varying",
+    )
     return Moments(*jnp.moveaxis(table, 1, 0))
 
 
 def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    """The number of values that count."""
+    """Return the number of values that count."""
     if mask is None:
-        values = math.prod(x.shape[a] for a in axes)
-        return jnp.full((1,) * x.ndim, values, x.dtype)
+        return jnp.full((1,) * x.ndim, _size(x, axes), x.dtype)
     copies = math.prod(x.shape[a] for a in axes if mask.shape[a] != x.shape[a])
     return _sum(mask.astype(x.dtype), axes) * jnp.asarray(copies, x.dtype)
+
+
+def _size(x: jax.Array, axes: tuple[int, ...]) -> int:
+    return math.prod(x.shape[a] for a in axes)
+
+
+def _unit(x: jax.Array, axes: tuple[int, ...]) -> float:
+    """Return a power of two, which multiplies without rounding, near one over the count."""
+    return 2.0 ** -_size(x, axes).bit_length()
 
 
 def _sum(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) -> jax.Array:
