@@ -1,16 +1,17 @@
 """`BatchNorm` for `flax.linen`: where its parameters and statistics live. No arithmetic."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ModifyScopeVariableError
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Initializer
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _checks
+from jaxbn import _checks, _options
 from jaxbn._batch_norm import Estimator, batch_norm, init
 
 __all__ = ["BatchNorm"]
@@ -19,32 +20,43 @@ __all__ = ["BatchNorm"]
 class BatchNorm(nn.Module):
     """Batch normalization, as `jaxbn.batch_norm` computes it.
 
-    A drop-in for `flax.linen.BatchNorm`: the same keywords, the same variables (`scale` and `bias`
-    in `params`, `mean` and `var` in `batch_stats`), so that its checkpoints load. The defaults of
-    `momentum` and `running_variance` are PyTorch's; `BatchNorm(**jaxbn.FLAX)` has Flax's.
+    A drop-in for `flax.linen.BatchNorm`: it takes the same arguments with the same defaults, and
+    keeps the same variables (`scale` and `bias` in `params`, `mean` and `var` in `batch_stats`), so
+    checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`; for a model that comes from
+    PyTorch, write `BatchNorm(**jaxbn.PYTORCH)`.
+
+    These differences from Flax's layer remain. Where `mask` is False the output is `bias` and no
+    gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
+    the mask in evaluation. A batch with no value to count leaves the statistics unchanged, and no
+    gradient flows into updated statistics. `epsilon=0` in training and a traced
+    `use_running_average` are refused. Complex inputs are not supported.
 
     As in Flax, initialization neither needs `axis_name` nor counts as a training step.
 
     Attributes:
-      use_running_average: True in evaluation: `batch_stats` normalizes, and stays as it is. False
-        in training. Given here or at call.
+      use_running_average: True in evaluation: `batch_stats` normalizes, and is left unchanged.
+        False in training. Give it either here or at call.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
-        weighs all batches so far alike, and adds `count` to `batch_stats`.
-      epsilon: what is added to the variance.
+        averages all batches so far with equal weights, and adds `count` to `batch_stats`.
+      epsilon: a small number that is added to the variance.
       dtype: the dtype of the result, by default the one that input and parameters promote to.
       param_dtype: the dtype of `scale` and `bias`.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
+      bias_init: the initializer of the bias.
+      scale_init: the initializer of the scale.
       axis_name: the mapped axis, or axes, that share statistics. Under `jit` with sharded arrays
         none is needed.
       axis_index_groups: groups of indices of `axis_name` that share statistics.
+      use_fast_variance: accepted for Flax's sake, without effect: the variance is both accurate and
+        computed in one pass.
+      force_float32_reductions: accepted for Flax's sake, without effect: statistics are computed
+        and kept in float32 at least.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".
       running_variance: the estimator that is tracked.
-      virtual_batch_size: normalizes groups of so many examples by statistics of their own, as
-        `jaxbn.batch_norm` says.
+      virtual_batch_size: normalizes each group of this many examples with that group's own
+        statistics, as `jaxbn.batch_norm` describes.
 
     Example:
       >>> import jax, jaxbn.linen
@@ -58,7 +70,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
-    momentum: float | None = 0.9
+    momentum: float | None = 0.99
     epsilon: float = 1e-5
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -68,46 +80,53 @@ class BatchNorm(nn.Module):
     scale_init: Initializer = nn.initializers.ones
     axis_name: Hashable | Sequence[Hashable] | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    # Options that Flax's layer does not have come last, so positional arguments mean the same.
     batch_variance: Estimator = "biased"
-    running_variance: Estimator = "unbiased"
+    running_variance: Estimator = "biased"
     virtual_batch_size: int | None = None
 
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: jax.Array | None = None,
+        mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`.
+        """Normalize `x`, and in training move the running statistics towards the batch's.
 
         Args:
-          x: the input, of any floating dtype, with features on `axis`.
-          use_running_average: see the attribute; one of the two must be given, and only one.
-          mask: booleans that broadcast against `x`, True where a value counts. What lies under
-            False touches nothing; the output there is `bias`.
+          x: the input, with features on `axis`. As in Flax, integers and booleans are converted to
+            floating numbers.
+          use_running_average: see the attribute; exactly one of the two must be given.
+          mask: an array that broadcasts against `x`, True or nonzero where a value counts.
+            Masked-out values affect nothing; the output there is `bias`.
 
         Returns:
           The normalized input, of the shape of `x`.
 
         Raises:
-          ValueError, TypeError: as `jaxbn.batch_norm` does.
+          ValueError, TypeError: an option or an argument is bad, as for `jaxbn.batch_norm`.
+          flax.errors.ModifyScopeVariableError: `batch_stats` is not mutable in training.
         """
         use_running_average = _checks.python_bool(
             "use_running_average",
             nn.merge_param("use_running_average", self.use_running_average, use_running_average),
         )
-        x = _checks.floating_array("x", x)
+        _options.check(self)
+        given, x = x, _options.floating_input(x, self.dtype)
         feature_axes = _checks.feature_axes(self.axis, x.shape)
         features = tuple(x.shape[a] for a in feature_axes)
 
-        for name in ("batch_variance", "running_variance"):
-            _checks.estimator(name, getattr(self, name))
-        _checks.virtual_batch_size(self.virtual_batch_size, x.shape, feature_axes, use_batch=False)
-
-        count = self.momentum is None or self.has_variable("batch_stats", "count")
-        _, initial = init(features, range(len(features)), track_count=count)
+        # Statistics without a count are not given one here: an average that began at zero would
+        # replace them.
+        has_statistics = self.has_variable("batch_stats", "mean")
+        track_count = self.has_variable("batch_stats", "count") or (
+            self.momentum is None and not has_statistics
+        )
+        _, initial = init(features, range(len(features)), track_count=track_count)
         stats = {
             name: self.variable("batch_stats", name, lambda leaf=leaf: leaf)
             for name, leaf in initial.items()
@@ -121,8 +140,8 @@ class BatchNorm(nn.Module):
         options: dict[str, Any] = {
             "axis": self.axis,
             "epsilon": self.epsilon,
-            "mask": mask,
-            "dtype": canonicalize_dtype(x, *params.values(), dtype=self.dtype),
+            "mask": _options.boolean_mask(mask),
+            "dtype": canonicalize_dtype(given, *params.values(), dtype=self.dtype),
         }
         if self.is_initializing() and not use_running_average:
             # Only the output's shape and dtype matter: any batch will do, of one device.
@@ -150,6 +169,18 @@ class BatchNorm(nn.Module):
             **options,
         )
         if not use_running_average:
-            for name, stat in stats.items():
-                stat.value = state[name]
+            _assign(stats, state)
         return y
+
+
+def _assign(stats: Mapping[str, nn.Variable], state: Mapping[str, jax.Array]) -> None:
+    try:
+        for name, stat in stats.items():
+            stat.value = state[name]
+    except ModifyScopeVariableError as error:
+        error.add_note(
+            "In training, BatchNorm updates its running statistics: call "
+            "`y, updates = model.apply(variables, x, ..., mutable=['batch_stats'])`, or pass "
+            "use_running_average=True to use them unchanged."
+        )
+        raise

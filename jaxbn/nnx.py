@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx.nn.dtypes import canonicalize_dtype
-from flax.typing import Initializer
-from jax.typing import DTypeLike
+from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
+from flax.typing import Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _checks
+from jaxbn import _checks, _options
 from jaxbn._batch_norm import Estimator, batch_norm, init
 
 __all__ = ["BatchNorm"]
@@ -22,43 +22,56 @@ __all__ = ["BatchNorm"]
 class BatchNorm(nnx.Module):
     """Batch normalization, as `jaxbn.batch_norm` computes it.
 
-    A drop-in for `flax.nnx.BatchNorm`: the same keywords, but for `use_fast_variance` and
-    `promote_dtype`, and the same variables (`scale` and `bias` are `Param`, `mean` and `var` are
-    `BatchStat`), so that its checkpoints load. The defaults of
-    `momentum` and `running_variance` are PyTorch's; `BatchNorm(n, **jaxbn.FLAX, rngs=rngs)` has
-    Flax's.
+    A drop-in for `flax.nnx.BatchNorm`: it takes the same arguments with the same defaults, and
+    keeps the same variables (`scale` and `bias` are `Param`, `mean` and `var` are `BatchStat`), so
+    checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`; for a model that comes from
+    PyTorch, write `BatchNorm(n, **jaxbn.PYTORCH, rngs=rngs)`.
 
-    A layer is frozen, within a model that trains, by `use_running_average=True`: its statistics
-    normalize and stay as they are, and `scale`, `bias` and the input get the gradients of
+    These differences from Flax's layer remain. Where `mask` is False the output is `bias` and no
+    gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
+    the mask in evaluation. A batch with no value to count leaves the statistics unchanged, and no
+    gradient flows into updated statistics. `epsilon=0` in training and a traced
+    `use_running_average` are refused. Complex inputs are not supported.
+
+    To freeze a layer within a model that trains, set `use_running_average=True`: its statistics
+    normalize and are left unchanged, and `scale`, `bias` and the input get the gradients of
     evaluation. As `model.train()` reaches every layer, freeze after it, `model.norm.eval()`, or at
     call.
 
     Attributes:
       num_features: the size of the feature axis, or the sizes of several, in the input's order.
-      use_running_average: True in evaluation: `mean` and `var` normalize, and stay as they are.
-        False in training. `train()`, `eval()` and `nnx.view` set it, and a call may override it,
-        which None leaves to the call.
+      use_running_average: True in evaluation: `mean` and `var` normalize, and are left unchanged.
+        False in training. `train()`, `eval()` and `nnx.view` set it, and a call may override it;
+        with None, every call must give it.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
-        weighs all batches so far alike, and adds the `BatchStat` `count`.
-      epsilon: what is added to the variance.
-      dtype: the dtype of the result, by default the one that input and parameters promote to.
+        averages all batches so far with equal weights, and adds the `BatchStat` `count`. After
+        loading statistics that come without a count, set it: from zero, the next batch would
+        replace them.
+      epsilon: a small number that is added to the variance.
+      dtype: the dtype of the result, by default the one that input, parameters and statistics
+        promote to.
       param_dtype: the dtype of `scale` and `bias`. `mean` and `var` begin with it too, but with
         float32 at least.
       use_bias: whether there is a bias; without, `bias` is None.
       use_scale: whether there is a scale; without, `scale` is None.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
+      bias_init: the initializer of the bias.
+      scale_init: the initializer of the scale.
       axis_name: the mapped axis, or axes, that share statistics. Under `jit` with sharded arrays
         none is needed. Construction and evaluation do not look at it.
       axis_index_groups: groups of indices of `axis_name` that share statistics.
+      use_fast_variance: accepted for Flax's sake, without effect: the variance is both accurate and
+        computed in one pass.
+      promote_dtype: a function of the tuple `(x, mean, var, scale, bias)` and the keyword `dtype`
+        that returns the tuple to compute with. As in Flax, its dtypes determine that of the result.
+        Values that it would narrow are kept, and the result is rounded once, at the end.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".
       running_variance: the estimator that is tracked.
-      virtual_batch_size: normalizes groups of so many examples by statistics of their own, as
-        `jaxbn.batch_norm` says.
+      virtual_batch_size: normalizes each group of this many examples with that group's own
+        statistics, as `jaxbn.batch_norm` describes.
 
-    Construction further takes `rngs`, the source of the initializers' keys, and the metadata of the
-    two parameters, `bias_metadata` and `scale_metadata`, such as names for sharding.
+    The constructor also takes `rngs`, the source of the initializers' keys, and `bias_metadata` and
+    `scale_metadata`, metadata of the two parameters such as names for sharding.
 
     Raises:
       ValueError, TypeError: an option that is out of its range or does not fit the others.
@@ -82,7 +95,7 @@ class BatchNorm(nnx.Module):
         *,
         use_running_average: bool | None = False,
         axis: int | Sequence[int] = -1,
-        momentum: float | None = 0.9,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-5,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -92,24 +105,37 @@ class BatchNorm(nnx.Module):
         scale_init: Initializer = nnx.initializers.ones,
         axis_name: Hashable | Sequence[Hashable] | None = None,
         axis_index_groups: Sequence[Sequence[int]] | None = None,
-        batch_variance: Estimator = "biased",
-        running_variance: Estimator = "unbiased",
-        virtual_batch_size: int | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        batch_variance: Estimator = "biased",
+        running_variance: Estimator = "biased",
+        virtual_batch_size: int | None = None,
     ):
-        features = _sizes(num_features, axis)
-        if use_running_average is not None:
-            _checks.python_bool("use_running_average", use_running_average)
-        _checks.momentum(momentum, None, train=False)
-        _checks.epsilon(epsilon, False, jnp.dtype(jnp.float32))
-        if dtype is not None:
-            _checks.floating_dtype("dtype", dtype)
         _checks.axis_index_groups(axis_index_groups, axis_name)
-        _checks.estimator("batch_variance", batch_variance)
-        _checks.estimator("running_variance", running_variance)
-        _checks.virtual_batch_size(virtual_batch_size, features, (), use_batch=False)
+        if not callable(promote_dtype):
+            raise TypeError(f"promote_dtype must be a function, got {promote_dtype!r}.")
+        # Attributes that are not variables are part of the graph definition, which is hashed.
+        self.num_features = _hashable(num_features)
+        self.use_running_average = use_running_average
+        self.axis = _hashable(axis)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = _hashable(axis_name)
+        self.axis_index_groups = _hashable(axis_index_groups)
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.batch_variance: Estimator = batch_variance
+        self.running_variance: Estimator = running_variance
+        self.virtual_batch_size = virtual_batch_size
+        features = _sizes(num_features, axis)
+        _options.check(self)
 
         _, initial = init(
             features,
@@ -131,42 +157,27 @@ class BatchNorm(nnx.Module):
             bias = bias_init(rngs.params(), features, param_dtype)
             self.bias = nnx.Param(bias, **bias_metadata)
 
-        # What is no variable is part of the graph's definition, which has to be hashable.
-        self.num_features = _hashable(num_features)
-        self.use_running_average = use_running_average
-        self.axis = _hashable(axis)
-        self.momentum = momentum
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.axis_name = _hashable(axis_name)
-        self.axis_index_groups = _hashable(axis_index_groups)
-        self.batch_variance: Estimator = batch_variance
-        self.running_variance: Estimator = running_variance
-        self.virtual_batch_size = virtual_batch_size
-
     def __call__(
         self,
-        x: jax.Array,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: jax.Array | None = None,
+        mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`, and in training moves the running statistics towards its own.
+        """Normalize `x`, and in training move the running statistics towards the batch's.
 
         Args:
-          x: the input, of any floating dtype, with features on `axis`.
-          use_running_average: see the attribute, over which it has precedence.
-          mask: booleans that broadcast against `x`, True where a value counts. What lies under
-            False touches nothing; the output there is `bias`.
+          x: the input, with features on `axis`. As in Flax, integers and booleans are converted to
+            floating numbers.
+          use_running_average: see the attribute, over which it takes precedence.
+          mask: an array that broadcasts against `x`, True or nonzero where a value counts.
+            Masked-out values affect nothing; the output there is `bias`.
 
         Returns:
           The normalized input, of the shape of `x`.
 
         Raises:
-          ValueError, TypeError: as `jaxbn.batch_norm` does.
+          ValueError, TypeError: an argument is bad, as for `jaxbn.batch_norm`.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
@@ -176,21 +187,31 @@ class BatchNorm(nnx.Module):
                 "it to BatchNorm or to the call, or set it with train(), eval() or nnx.view."
             )
         use_running_average = _checks.python_bool("use_running_average", use_running_average)
-        x = _checks.floating_array("x", x)
-        features = tuple(x.shape[a] for a in _checks.feature_axes(self.axis, x.shape))
+        floating = _options.floating_input(x, self.dtype)
+        shape = floating.shape
+        features = tuple(shape[a] for a in _checks.feature_axes(self.axis, shape))
         if features != _sizes(self.num_features, self.axis):
             raise ValueError(
-                f"x of shape {x.shape} has {features} features on axis={self.axis!r}, where the "
+                f"x of shape {shape} has {features} features on axis={self.axis!r}, where the "
                 f"layer was made for num_features={self.num_features!r}."
             )
 
-        params = {"scale": self.scale, "bias": self.bias}
-        params = {name: leaf.get_value() for name, leaf in params.items() if leaf is not None}
         stats = {"mean": self.mean, "var": self.var, "count": self.count}
         stats = {name: stat for name, stat in stats.items() if stat is not None}
+        state = {name: stat.get_value() for name, stat in stats.items()}
+        scale = None if self.scale is None else self.scale.get_value()
+        bias = None if self.bias is None else self.bias.get_value()
+
+        given = (x, state["mean"], state["var"], scale, bias)
+        promoted = self.promote_dtype(given, dtype=self.dtype)
+        dtype = canonicalize_dtype(promoted[0], *promoted[3:], dtype=self.dtype)
+        x, mean, var, scale, bias = map(_unless_narrower, promoted, (floating, *given[1:]))
+        if use_running_average:
+            state = {"mean": mean, "var": var}
+        params = {k: v for k, v in {"scale": scale, "bias": bias}.items() if v is not None}
         y, state = batch_norm(
             params,
-            {name: stat.get_value() for name, stat in stats.items()},
+            state,
             x,
             not use_running_average,
             axis=self.axis,
@@ -201,8 +222,8 @@ class BatchNorm(nnx.Module):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             virtual_batch_size=self.virtual_batch_size,
-            mask=mask,
-            dtype=canonicalize_dtype(x, *params.values(), dtype=self.dtype),
+            mask=_options.boolean_mask(mask),
+            dtype=dtype,
         )
         if not use_running_average:
             for name, stat in stats.items():
@@ -210,13 +231,20 @@ class BatchNorm(nnx.Module):
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` sets.
+        """Set the options that `nnx.view` passes.
 
         Args:
-          use_running_average: see the attribute; None leaves it as it is.
+          use_running_average: see the attribute; None leaves it unchanged.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+def _unless_narrower(new: Any, old: Any) -> Any:
+    """Return `new`, or `old` where `new` has less precision: only the result is rounded."""
+    if old is None or jnp.promote_types(new.dtype, old.dtype) == new.dtype:
+        return new
+    return old
 
 
 def _sizes(num_features: int | Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:

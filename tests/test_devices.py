@@ -26,7 +26,7 @@ def function(x, params, state, **options):
 
 
 def linen(x, params, state, mask=None, **options):
-    layer = jaxbn.linen.BatchNorm(use_running_average=False, **options)
+    layer = jaxbn.linen.BatchNorm(use_running_average=False, **{**jaxbn.PYTORCH, **options})
     variables = {"params": params, "batch_stats": state}
     y, updates = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
     return y, updates["batch_stats"]

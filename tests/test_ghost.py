@@ -218,7 +218,9 @@ def test_transforms(rng):
 
 def test_the_layers_have_them_too(rng):
     x = batch(rng)
-    layer = jaxbn.linen.BatchNorm(use_running_average=False, virtual_batch_size=SIZE)
+    layer = jaxbn.linen.BatchNorm(
+        use_running_average=False, virtual_batch_size=SIZE, **jaxbn.PYTORCH
+    )
     variables = layer.init(jax.random.key(0), x)
     wanted_y, wanted = jaxbn.batch_norm(
         variables["params"], variables["batch_stats"], x, True, virtual_batch_size=SIZE
@@ -226,7 +228,7 @@ def test_the_layers_have_them_too(rng):
     y, updates = layer.apply(variables, x, mutable=["batch_stats"])
     assert_close((y, updates["batch_stats"]), (wanted_y, wanted), 0)
 
-    layer = jaxbn.nnx.BatchNorm(C, virtual_batch_size=SIZE, rngs=nnx.Rngs(0))
+    layer = jaxbn.nnx.BatchNorm(C, virtual_batch_size=SIZE, **jaxbn.PYTORCH, rngs=nnx.Rngs(0))
     assert_close(layer(x), wanted_y, 0)
     assert_close((layer.mean[...], layer.var[...]), (wanted["mean"], wanted["var"]), 0)
     with pytest.raises(ValueError, match="virtual_batch_size must be None or a positive integer"):

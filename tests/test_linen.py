@@ -92,7 +92,7 @@ class TestAgainstFlax:
     def test_options_and_shapes(self, x64, dtype, options, shape):
         options = OPTIONS[options]
         wanted = steps(nn.BatchNorm(**options), shape, dtype)
-        got = steps(ours(**{**jaxbn.FLAX, **options}), shape, dtype)
+        got = steps(ours(**options), shape, dtype)
         assert_close(got, wanted, TOLERANCE[dtype])
 
     @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
@@ -101,7 +101,7 @@ class TestAgainstFlax:
     def test_dtypes(self, dtype, param_dtype, input_dtype):
         options = {"dtype": dtype, "param_dtype": param_dtype}
         wanted = steps(nn.BatchNorm(**options), (8, 6), input_dtype)
-        got = steps(ours(**jaxbn.FLAX, **options), (8, 6), input_dtype)
+        got = steps(ours(**options), (8, 6), input_dtype)
         # Two roundings of the coarsest type there is: eight bits in bfloat16.
         coarsest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(wanted))
         assert_close(got, wanted, 2 * coarsest)
@@ -109,7 +109,7 @@ class TestAgainstFlax:
     def test_mask_where_it_counts(self):
         mask = np.random.default_rng(1).random((8, 1)) < 0.6
         wanted = steps(nn.BatchNorm(), (8, 6), jnp.float32, mask=mask)
-        got = steps(ours(**jaxbn.FLAX), (8, 6), jnp.float32, mask=mask)
+        got = steps(ours(), (8, 6), jnp.float32, mask=mask)
         for key in ("mean", "var"):
             np.testing.assert_allclose(
                 got[-2][-1]["batch_stats"][key], wanted[-2][-1]["batch_stats"][key], rtol=1e-6
@@ -117,17 +117,16 @@ class TestAgainstFlax:
         rows = np.broadcast_to(mask, (8, 6))
         np.testing.assert_allclose(got[1][0][rows], wanted[1][0][rows], rtol=1e-5, atol=1e-5)
 
-    def test_keywords(self):
-        """All of Flax's, in its order and with its defaults, but for two that mean nothing here."""
+    def test_arguments(self):
+        """All of Flax's, in its order and with its defaults; ours come after them."""
         flax = inspect.signature(nn.BatchNorm).parameters
         here = inspect.signature(ours).parameters
-        dropped = {"use_fast_variance", "force_float32_reductions"}
-        assert [k for k in flax if k not in dropped] == [
-            k for k in here if k not in {"batch_variance", "running_variance", "virtual_batch_size"}
-        ]
-        for name in set(flax) - dropped - {"momentum"}:
-            assert here[name].default == flax[name].default, name
-        assert here["momentum"].default == jaxbn.PYTORCH["momentum"]
+        added = ["batch_variance", "running_variance", "virtual_batch_size"]
+        of_modules = ["parent", "name"]
+        assert list(here) == [k for k in flax if k not in of_modules] + added + of_modules
+        for name in flax:
+            assert (here[name].default, here[name].kind) == (flax[name].default, flax[name].kind)
+        assert {k: here[k].default for k in jaxbn.FLAX} == dict(jaxbn.FLAX)
         call = inspect.signature(nn.BatchNorm.__call__).parameters
         assert list(inspect.signature(ours.__call__).parameters) == list(call)
 
@@ -163,7 +162,8 @@ def test_variables_go_straight_into_the_function():
     layer = ours(use_running_average=False)
     variables = layer.init(jax.random.key(0), x)
     got = layer.apply(variables, x, mutable=["batch_stats"])
-    wanted = jaxbn.batch_norm(variables["params"], variables["batch_stats"], x, True)
+    arguments = (variables["params"], variables["batch_stats"], x, True)
+    wanted = jaxbn.batch_norm(*arguments, **jaxbn.FLAX)
     jax.tree.map(np.testing.assert_array_equal, got, (wanted[0], {"batch_stats": wanted[1]}))
 
 
@@ -180,7 +180,8 @@ class TestInitialization:
         layer.init(jax.random.key(0), jnp.ones((8, 3)))
 
     def test_takes_one_example(self):
-        ours(use_running_average=False).init(jax.random.key(0), jnp.ones((1, 3)))
+        layer = ours(use_running_average=False, **jaxbn.PYTORCH)
+        layer.init(jax.random.key(0), jnp.ones((1, 3)))
 
     def test_of_the_cumulative_average(self):
         layer = ours(use_running_average=False, momentum=None)
@@ -205,8 +206,13 @@ def test_use_running_average_is_given_once():
 def test_batch_stats_must_be_mutable_in_training():
     x = jnp.ones((8, 3))
     variables = ours().init(jax.random.key(0), x, True)
-    with pytest.raises(flax.errors.ModifyScopeVariableError):
+    with pytest.raises(flax.errors.ModifyScopeVariableError) as raised:
         ours().apply(variables, x, False)
+    assert raised.value.__notes__[0] == (
+        "In training, BatchNorm updates its running statistics: call `y, updates = "
+        "model.apply(variables, x, ..., mutable=['batch_stats'])`, or pass "
+        "use_running_average=True to use them unchanged."
+    )
 
 
 def test_axis_name_sums_over_it():

@@ -1,6 +1,7 @@
 """The network."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,11 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 
+import jaxbn
 from jaxbn.linen import BatchNorm
+
+# A momentum of 0.9 lets moving averages settle within a short training, as Flax's 0.99 would not.
+pytorch_norm = partial(BatchNorm, **jaxbn.PYTORCH)
 
 
 class ConvNet(nn.Module):
@@ -18,7 +23,8 @@ class ConvNet(nn.Module):
     Attributes:
       widths: the number of channels of each stage.
       classes: the number of logits.
-      norm: makes a normalization layer; called as `flax.linen.BatchNorm` is.
+      norm: makes a normalization layer; called as `flax.linen.BatchNorm` is. By default it follows
+        PyTorch's convention.
       kernel_init: initializer of the convolutions.
       dtype: the dtype of the convolutions and normalizations. Logits are float32 at least.
       use_bias: whether the convolutions have biases. By default they have none: the normalization
@@ -27,7 +33,7 @@ class ConvNet(nn.Module):
 
     widths: Sequence[int] = (32, 64)
     classes: int = 10
-    norm: Callable[..., Callable[..., jax.Array]] = BatchNorm
+    norm: Callable[..., Callable[..., jax.Array]] = pytorch_norm
     kernel_init: Initializer = nn.initializers.he_normal()
     dtype: DTypeLike = jnp.float32
     use_bias: bool = False

@@ -14,12 +14,11 @@ from jax.typing import ArrayLike, DTypeLike
 from rich.progress import Progress
 
 from jaxbn import decay_mask
-from jaxbn.linen import BatchNorm
 from train_examples.digits import checkpoint, data
 from train_examples.digits.config import Config, UserError
 from train_examples.digits.data import Dataset
 from train_examples.digits.history import History
-from train_examples.digits.model import ConvNet
+from train_examples.digits.model import ConvNet, pytorch_norm
 
 WEIGHT_DECAY = 1e-3
 # Enough to know the statistics of the whole training set, and few enough for one batch.
@@ -173,7 +172,7 @@ def training_statistics(model: ConvNet, state: TrainState, images: np.ndarray) -
 
     One batch of them all, under averages that keep nothing of the past.
     """
-    forgetful = model.clone(norm=partial(BatchNorm, momentum=0.0))
+    forgetful = model.clone(norm=partial(pytorch_norm, momentum=0.0))
     apply = jax.jit(partial(forgetful.apply, train=True, mutable=["batch_stats"]))
     _, updates = apply({"params": state.params, "batch_stats": state.batch_stats}, images)
     return updates["batch_stats"]

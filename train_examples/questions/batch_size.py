@@ -23,8 +23,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from rich.table import Table
 
-from jaxbn.linen import BatchNorm
-from train_examples.digits.model import ConvNet
+from train_examples.digits.model import ConvNet, pytorch_norm
 from train_examples.digits.train import TrainState, forward
 from train_examples.questions import common, drawing, noise
 from train_examples.questions.common import Settings, Verdict
@@ -67,7 +66,7 @@ def run(settings: Settings) -> Result:
     scores = np.empty((3, *shape))
     plain = ConvNet(widths=settings.widths)
     ghosts = [
-        ConvNet(widths=plain.widths, norm=partial(BatchNorm, virtual_batch_size=int(size)))
+        ConvNet(widths=plain.widths, norm=partial(pytorch_norm, virtual_batch_size=int(size)))
         for size in sizes
     ]
     evaluate = _evaluation(plain)
@@ -125,7 +124,7 @@ def _evaluation(model: ConvNet) -> Callable[[TrainState, int], tuple[float, floa
 
     They are exact, so that the noise of moving averages does not enter.
     """
-    forgetful = ConvNet(widths=model.widths, norm=partial(BatchNorm, momentum=0.0))
+    forgetful = ConvNet(widths=model.widths, norm=partial(pytorch_norm, momentum=0.0))
     exact = jax.jit(partial(forgetful.apply, train=True, mutable=["batch_stats"]))
 
     def evaluate(state: TrainState, seed: int) -> tuple[float, float, float]:

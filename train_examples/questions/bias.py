@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from rich.table import Table
 
-from jaxbn.linen import BatchNorm
-from train_examples.digits.model import ConvNet
+from train_examples.digits.model import ConvNet, pytorch_norm
 from train_examples.digits.train import TrainState, loss_fn
 from train_examples.questions import common, drawing
 from train_examples.questions.common import Settings, Verdict
@@ -95,7 +94,7 @@ def _gradients(settings: Settings, seed: int) -> list[float]:
         largest = {k: max(jnp.abs(layer[k]).max() for layer in layers) for k in ("bias", "kernel")}
         return float(largest["bias"] / largest["kernel"]), new
 
-    double = normed.clone(dtype=jnp.float64, norm=partial(BatchNorm, momentum=0.0))
+    double = normed.clone(dtype=jnp.float64, norm=partial(pytorch_norm, momentum=0.0))
     training, statistics = ratio(normed, double.apply)
     # By the very statistics that the batch has, now held fixed.
     evaluation, _ = ratio(normed, partial(_in_evaluation, double), statistics)

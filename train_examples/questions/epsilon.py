@@ -24,8 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxbn
-from jaxbn.linen import BatchNorm
-from train_examples.digits.model import ConvNet
+from train_examples.digits.model import ConvNet, pytorch_norm
 from train_examples.questions import common, drawing
 from train_examples.questions.common import Settings, Verdict
 
@@ -49,7 +48,7 @@ class PixelNormed(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
         epsilon = self.variable("batch_stats", "epsilon", lambda: jnp.float32(USUAL)).value
-        norm = partial(BatchNorm, epsilon=epsilon, momentum=0.8)
+        norm = partial(pytorch_norm, epsilon=epsilon, momentum=0.8)
         x = norm(use_running_average=not train, axis=(1, 2, 3))(images)
         return ConvNet(widths=self.widths, norm=norm)(x, train, mask)
 

@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from rich.table import Table
 
-from jaxbn.linen import BatchNorm
-from train_examples.digits.model import ConvNet
+from train_examples.digits.model import ConvNet, pytorch_norm
 from train_examples.digits.train import TrainState
 from train_examples.questions import common, dealing, drawing
 from train_examples.questions.common import Settings, Verdict
@@ -85,7 +84,7 @@ def run(settings: Settings) -> Result:
     momenta = np.array(settings.pick(MOMENTA, (0.0, 0.9, 0.999)))
     # The averages do not touch training, so one run serves all momenta: the state of momentum 0 is
     # the last batch's statistics, which are averaged here.
-    model = ConvNet(widths=settings.widths, norm=partial(BatchNorm, momentum=0.0))
+    model = ConvNet(widths=settings.widths, norm=partial(pytorch_norm, momentum=0.0))
     at_default = int(np.flatnonzero(momenta == common.MOMENTUM)[0])
     found = []
     for seed in track(range(settings.seeds), "2: networks by seed"):
