@@ -222,13 +222,11 @@ def batch_norm(
 
 
 def _known_shift(dtype: jnp.dtype, running: Sequence[jax.Array] | None) -> jax.Array | None:
-    """Return the running mean of an input in half precision: a shift that is known beforehand.
+    """Return the running mean, which serves as the shift of inputs in half precision.
 
-    The sums about it can then be taken where `x` is computed, with no reading at all, and devices
-    that know it can add them up. About a shift that is r deviations from the mean, they lose
-    r² 2^-24 of the variance. The rounding of `x` itself moved its values by r 2^-9 of a deviation
-    in bfloat16 and r 2^-12 in float16, which is more for every r that such values can have while
-    they still differ (2^8 and 2^11).
+    Sums about a shift that is r deviations from the mean lose r² 2^-24 of the variance. The rounding
+    of `x` itself moved its values by r 2^-9 of a deviation in bfloat16 and r 2^-12 in float16, which
+    is more for every r that such values can have while they still differ (2^8 and 2^11).
     """
     if running is None or jnp.finfo(dtype).bits > 16:
         return None

@@ -1,15 +1,21 @@
-"""What single compilers need to read a batch no more often than they must.
+"""What single compilers need so that they read a batch no more often than they must.
 
-This is the only module that knows of platforms. Whatever the platform, each function computes what
-its `default` says; the other forms differ in how XLA compiles them, as docs/performance.md counts.
+This is the only module that knows of platforms. docs/performance.md counts what each form is for.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+
+
+def by_platform(*arguments: jax.Array, **forms: Callable[..., Any]) -> Any:
+    """Apply the form for the platform that the program is compiled for, or `default`."""
+    return lax.platform_dependent(*_varying_alike(*arguments), **forms)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -26,7 +32,7 @@ def apart(narrow: DTypeLike, x: jax.Array, *others: jax.Array) -> tuple[jax.Arra
         own, *others = lax.optimization_barrier((x.astype(narrow), *others))
         return own.astype(x.dtype), *others
 
-    return lax.platform_dependent(x, *others, cpu=barrier, default=lambda *values: values)
+    return by_platform(x, *others, cpu=barrier, default=lambda *values: values)
 
 
 @apart.defjvp
@@ -42,13 +48,9 @@ def line(
     """Return `(x - shift) * slope + offset`, whose transpose in slope and offset is two sums.
 
     XLA for GPUs fuses what comes before the sums of a backward pass, such as the derivative of a
-    relu, with a single sum, but not with two. There the two are the real and the imaginary part of
+    relu, with a single sum but not with two. There the two are the real and the imaginary part of
     one sum.
     """
-
-    def of_complex(x, shift, slope, offset):
-        both = jnp.broadcast_to(lax.complex(offset, slope), x.shape)
-        return both.real + (x - shift) * both.imag
 
     def plain(x, shift, slope, offset):
         return (x - shift) * slope + offset
@@ -56,7 +58,27 @@ def line(
     def separate(x, shift, slope, offset):
         return plain(*apart(narrow, x, shift), slope, offset)
 
-    return lax.platform_dependent(
-        x, shift, slope, offset,
-        cpu=separate, cuda=of_complex, rocm=of_complex, default=plain,
+    def of_one_sum(x, shift, slope, offset):
+        both = jnp.broadcast_to(lax.complex(offset, slope), x.shape)
+        return (x - shift) * both.imag + both.real
+
+    forms = {"cpu": separate, "cuda": of_one_sum, "rocm": of_one_sum, "default": plain}
+    return by_platform(x, shift, slope, offset, **forms)
+
+
+def shift(x: jax.Array, known: jax.Array, find: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Return the shift that is known beforehand or, on a CPU, the one found in `x`.
+
+    On accelerators the sums about a known shift ride in the kernel that makes `x`.
+    """
+    return by_platform(x, known, cpu=lambda x, _: find(x), default=lambda _, known: known)
+
+
+def _varying_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
+    """Return values that vary over the same devices where `shard_map` checks, as forms must."""
+    varying = [jax.typeof(value).manual_axis_type.varying for value in values]
+    everywhere = frozenset().union(*varying)
+    return tuple(
+        lax.pcast(value, tuple(everywhere - own), to="varying") if everywhere - own else value
+        for value, own in zip(values, varying, strict=True)
     )

@@ -39,4 +39,3 @@ def in_groups(
         return y.reshape(x.shape), jax.tree.map(lambda leaf: jnp.moveaxis(leaf, axis, 0), batches)
 
     return of_groups
-

@@ -45,7 +45,7 @@ class Moments(NamedTuple):
 def moments(
     x: jax.Array,
     mask: jax.Array | None,
-    shift: jax.Array | None,
+    known_shift: jax.Array | None,
     narrow: DTypeLike,
     axes: tuple[int, ...],
     axis_name: Hashable | None = None,
@@ -63,27 +63,30 @@ def moments(
     error of the sums, relative to the variance, is multiplied by
     :math:`E[d^2] / \sigma^2 = 1 + (s - \mu)^2 / \sigma^2`.
 
-    Without a `shift` it is the mean of a sixteenth of the values. That is close enough for any
-    values whatever: if a fraction 1 / f of them has the mean s and the others have the mean t,
-    then the variance between these two parts alone, which the whole variance exceeds, is
-    :math:`(s - \mu)^2 / (f - 1)`. So the factor is at most f. A given `shift` must be the same on
-    all devices, and is meant for half precision (see `_batch_norm`).
+    The shift is the mean of a sixteenth of the values. That is close enough for any values
+    whatever: if a fraction 1 / f of them has the mean s and the others have the mean t, then the
+    variance between these two parts alone, which the whole variance exceeds, is
+    :math:`(s - \mu)^2 / (f - 1)`. So the factor is at most f.
 
-    `narrow` is the dtype in which the values of `x` came, before it was converted.
+    Args:
+      x: the batch, in the dtype of the statistics.
+      mask: booleans of the rank of `x`, or None.
+      known_shift: None; or what may serve as the shift of an input in half precision, on platforms
+        that gain by it. It must be the same on all devices.
+      narrow: the dtype in which the values of `x` came.
+      axes: the axes that are reduced.
+      axis_name: the mapped axis or axes that share the statistics.
+      axis_index_groups: the groups of its indices that do.
 
     The count and `mean_high` have no derivative. Those of the others are `E[dx]` and
     `2 E[(x - mean) dx]`, whatever the shift.
     """
-    is_shared = shift is not None
-    if shift is None:
-        shift = _sample_mean(x, mask, axes)
-    sums = _sums(x, mask, shift, narrow, axes)
-    if axis_name is not None and is_shared:
-        sums = lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
-    batch = _about(shift, sums, _unit(x, axes))
-    if axis_name is not None and not is_shared:
-        batch = _merge(_gather(batch, axis_name, axis_index_groups))
-    return batch
+    find_shift = partial(_sample_mean, mask=mask, axes=axes)
+    shift = find_shift(x) if known_shift is None else _fusion.shift(x, known_shift, find_shift)
+    batch = _about(shift, x, mask, narrow, axes)
+    if axis_name is None:
+        return batch
+    return _merge(_gather(batch, axis_name, axis_index_groups))
 
 
 @moments.defjvp
@@ -104,62 +107,58 @@ def _moments_jvp(narrow, axes, axis_name, axis_index_groups, primals, tangents):
 
 
 def _sample_mean(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    """Return the mean of a sixteenth of the values of each feature.
+    """Return the mean of a sixteenth of the values of each feature, or zero where it is near zero.
 
     Under a mask, where that part may hold no value that counts, it is the mean of all.
     """
     part = x if mask is not None else _sample(x, axes)
-    n = jnp.maximum(_count(part, mask, axes), 1)
-    unit = _unit(part, axes)
-    mean = _sum(part * unit, axes, mask) / (n * unit)
+    n = _count(part, mask, axes)
+    mean = _mean(part, n, axes, mask)
     # Once more about that mean, which takes out its rounding error: far from zero that may exceed
     # the deviation, and a constant feature gets its very value.
-    return mean + _sum(part - mean, axes, mask) / n
+    deviation = part - mean
+    mean = mean + _mean(deviation, n, axes, mask)
+    var = _mean(jnp.square(deviation), n, axes, mask)
+    # About zero, a mean that is small beside the deviation is accurate beside itself, too. With
+    # var <= f sigma², the factor of the error is then (sqrt(f - 1) + sqrt(f) / 4)² at most.
+    return jnp.where(jnp.abs(mean) * 4 <= jnp.sqrt(var), 0, mean)
 
 
 def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Return a few consecutive indices of one reduced axis, from its middle.
+    """Return a sixteenth of `x`: some consecutive indices in the middle of a reduced axis.
 
-    The axis is the longest but the first, along which batches are split over devices, so that each
-    device samples its own examples. The first is taken where there is no other.
+    It is the longest axis but the first, along which batches are split over devices. Where there is
+    no other, every sixteenth index of the first is taken, so that each device has its share. An axis
+    that is explicitly sharded cannot be sliced.
     """
-    if not axes:
-        return x
-    axis = max(axes[1:], key=lambda a: x.shape[a], default=axes[0])
-    if x.shape[axis] < 2:
-        axis = axes[0]
-    size = -(-x.shape[axis] // FRACTION)
-    start = (x.shape[axis] - size) // 2
-    return lax.slice_in_dim(x, start, start + size, axis=axis)
+    spec = jax.typeof(x).sharding.spec
+    whole = [a for a in axes if a >= len(spec) or spec[a] is None]
+    inner = [a for a in whole if a != axes[0] and isinstance(x.shape[a], int) and x.shape[a] > 1]
+    if inner:
+        axis = max(inner, key=lambda a: x.shape[a])
+        size = -(-x.shape[axis] // FRACTION)
+        start = (x.shape[axis] - size) // 2
+        return lax.slice_in_dim(x, start, start + size, axis=axis)
+    if axes[:1] == tuple(whole[:1]) and axes:
+        return lax.slice_in_dim(x, 0, x.shape[axes[0]], FRACTION, axis=axes[0])
+    return x
 
 
-def _sums(
+def _about(
+    shift: jax.Array,
     x: jax.Array,
     mask: jax.Array | None,
-    shift: jax.Array,
     narrow: DTypeLike,
     axes: tuple[int, ...],
-) -> jax.Array:
-    """Return, stacked, the count, the sum of the deviations, and that of their squares times unit.
-
-    Scaled before they are summed, squares do not overflow while their mean does not.
-    """
+) -> Moments:
+    """Return the moments on one device, by sums of deviations from a shift and of their squares."""
+    n = _count(x, mask, axes)
     own_x, own_shift = _fusion.apart(narrow, x, shift)
-    total = _sum(own_x - own_shift, axes, mask)
-    own_x, own_shift, _ = _fusion.apart(narrow, x, shift, total)
-    deviation = own_x - own_shift
-    squares = _sum(deviation * (deviation * _unit(x, axes)), axes, mask)
-    return jnp.stack(jnp.broadcast_arrays(_count(x, mask, axes), total, squares))
-
-
-def _about(shift: jax.Array, sums: jax.Array, unit: float) -> Moments:
-    """Return the moments, given the sums about a shift."""
-    n, total, squares = sums
-    divisor = jnp.maximum(n, 1)
-    mean = total / divisor
-    var = jnp.maximum(squares / (divisor * unit) - jnp.square(mean), 0)
+    mean = _mean(own_x - own_shift, n, axes, mask)
+    own_x, own_shift, _ = _fusion.apart(narrow, x, shift, mean)
+    var = _mean(jnp.square(own_x - own_shift), n, axes, mask) - jnp.square(mean)
     mean_high = shift + mean
-    return Moments(n, mean_high, (shift - mean_high) + mean, var)
+    return Moments(n, mean_high, (shift - mean_high) + mean, jnp.maximum(var, 0))
 
 
 def _merge(parts: Moments) -> Moments:
@@ -201,18 +200,17 @@ def _gather(
 def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
     """Return the number of values that count."""
     if mask is None:
-        return jnp.full((1,) * x.ndim, _size(x, axes), x.dtype)
+        return jnp.full((1,) * x.ndim, math.prod(x.shape[a] for a in axes), x.dtype)
     copies = math.prod(x.shape[a] for a in axes if mask.shape[a] != x.shape[a])
     return _sum(mask.astype(x.dtype), axes) * jnp.asarray(copies, x.dtype)
 
 
-def _size(x: jax.Array, axes: tuple[int, ...]) -> int:
-    return math.prod(x.shape[a] for a in axes)
-
-
-def _unit(x: jax.Array, axes: tuple[int, ...]) -> float:
-    """Return a power of two, which multiplies without rounding, near one over the count."""
-    return 2.0 ** -_size(x, axes).bit_length()
+def _mean(x: jax.Array, n: jax.Array, axes: tuple[int, ...], mask: jax.Array | None) -> jax.Array:
+    """Return the mean of `n` values, zero of none."""
+    # A power of two scales without rounding; so scaled, a sum overflows only if its mean does.
+    n = jnp.maximum(n, 1)
+    unit = lax.reduce_precision(1 / n, jnp.finfo(n.dtype).nexp, 0)
+    return _sum(x * unit, axes, mask) / (n * unit)
 
 
 def _sum(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) -> jax.Array:

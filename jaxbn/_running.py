@@ -90,4 +90,5 @@ def _like(state: State, new: dict[str, jax.Array]) -> State:
 
 def _sum_existing(values: jax.Array, exist: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = jnp.sum(jnp.where(exist, values, 0), 0)
-    return total, jnp.broadcast_to(jnp.sum(exist, 0, dtype=values.dtype), total.shape)
+    # Added to zeros, it has the shape of the total, and is sharded as that is.
+    return total, jnp.sum(exist, 0, dtype=values.dtype) + jnp.zeros_like(total)
