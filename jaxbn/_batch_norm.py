@@ -17,8 +17,8 @@ from jaxbn._moments import moments, statistics_dtype
 from jaxbn._running import Estimator, State, update, variance
 
 Params = Mapping[str, jax.Array]
-# The backward pass needs x, in the dtype that it came in, and the moments. The rest is arithmetic on
-# single values, which costs less to repeat than to keep.
+# The backward pass needs x, in the dtype that it came in, and the moments. The rest is arithmetic
+# on single values, which costs less to repeat than to keep.
 _recomputed = partial(
     jax.checkpoint,
     policy=jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME),
@@ -224,9 +224,9 @@ def batch_norm(
 def _known_shift(dtype: jnp.dtype, running: Sequence[jax.Array] | None) -> jax.Array | None:
     """Return the running mean, which serves as the shift of inputs in half precision.
 
-    Sums about a shift that is r deviations from the mean lose r² 2^-24 of the variance. The rounding
-    of `x` itself moved its values by r 2^-9 of a deviation in bfloat16 and r 2^-12 in float16, which
-    is more for every r that such values can have while they still differ (2^8 and 2^11).
+    Sums about a shift that is r deviations from the mean lose r² 2^-24 of the variance. The
+    rounding of `x` itself moved its values by r 2^-9 of a deviation in bfloat16 and r 2^-12 in
+    float16, which is more for every r that values can have while they still differ (2^8 and 2^11).
     """
     if running is None or jnp.finfo(dtype).bits > 16:
         return None

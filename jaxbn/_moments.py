@@ -81,9 +81,18 @@ def moments(
     The count and `mean_high` have no derivative. Those of the others are `E[dx]` and
     `2 E[(x - mean) dx]`, whatever the shift.
     """
-    find_shift = partial(_sample_mean, mask=mask, axes=axes)
-    shift = find_shift(x) if known_shift is None else _fusion.shift(x, known_shift, find_shift)
-    batch = _about(shift, x, mask, narrow, axes)
+
+    def in_one_reading(x: jax.Array) -> Moments:
+        shift = _sample_mean(x, mask, axes) if known_shift is None else known_shift
+        return _about(shift, x, mask, narrow, axes)
+
+    def on_cpu(x: jax.Array) -> Moments:
+        first = _mean_then_variance(x, mask, narrow, axes)
+        return _fusion.until_accurate(
+            first, partial(_about, x=x, mask=mask, narrow=narrow, axes=axes)
+        )
+
+    batch = _fusion.by_platform(x, cpu=on_cpu, default=in_one_reading)
     if axis_name is None:
         return batch
     return _merge(_gather(batch, axis_name, axis_index_groups))
@@ -128,8 +137,8 @@ def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Return a sixteenth of `x`: some consecutive indices in the middle of a reduced axis.
 
     It is the longest axis but the first, along which batches are split over devices. Where there is
-    no other, every sixteenth index of the first is taken, so that each device has its share. An axis
-    that is explicitly sharded cannot be sliced.
+    no other, every sixteenth index of the first is taken, so that each device has its share. An
+    axis that is explicitly sharded cannot be sliced.
     """
     spec = jax.typeof(x).sharding.spec
     whole = [a for a in axes if a >= len(spec) or spec[a] is None]
@@ -159,6 +168,19 @@ def _about(
     var = _mean(jnp.square(own_x - own_shift), n, axes, mask) - jnp.square(mean)
     mean_high = shift + mean
     return Moments(n, mean_high, (shift - mean_high) + mean, jnp.maximum(var, 0))
+
+
+def _mean_then_variance(
+    x: jax.Array, mask: jax.Array | None, narrow: DTypeLike, axes: tuple[int, ...]
+) -> Moments:
+    """Return the moments on one device, the variance about the mean, in a reading each."""
+    n = _count(x, mask, axes)
+    divisor = jnp.maximum(n, 1)
+    own_x, _ = _fusion.apart(narrow, x, n)
+    mean = _sum(own_x, axes, mask) / divisor
+    own_x, own_mean = _fusion.apart(narrow, x, mean)
+    var = _sum(jnp.square(own_x - own_mean), axes, mask) / divisor
+    return Moments(n, mean, jnp.zeros_like(mean), var)
 
 
 def _merge(parts: Moments) -> Moments:
