@@ -38,7 +38,16 @@ def run_quietly() -> None:
 
 
 def sections() -> dict[str, Callable[[Any], dict[str, Any]]]:
-    from benchmarks import accuracy, collectives, forms, memory, recompute, speed, training_step
+    from benchmarks import (
+        accuracy,
+        collectives,
+        compiled,
+        forms,
+        memory,
+        recompute,
+        speed,
+        training_step,
+    )
 
     return {
         "speed": speed.measure,
@@ -48,6 +57,7 @@ def sections() -> dict[str, Callable[[Any], dict[str, Any]]]:
         "recompute": recompute.measure,
         "forms": forms.measure,
         "collectives": collectives.measure,
+        "compiled": compiled.measure,
     }
 
 
@@ -91,7 +101,10 @@ def main(argv: Sequence[str]) -> None:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         settings = Settings(
-            args.quick, args.mean, lambda things, name: progress.track(things, description=name)
+            args.quick,
+            args.mean,
+            lambda things, name: progress.track(things, description=name),
+            args.out,
         )
         for name, measure in measures.items():
             if not args.only or name in args.only:

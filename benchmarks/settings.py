@@ -1,6 +1,7 @@
 """What every benchmark is told."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -14,3 +15,4 @@ class Settings(NamedTuple):
     quick: bool = False
     mean: float = 0.0  # of the input of `speed`
     track: Callable[[Iterable[Any], str], Iterable[Any]] = silently  # shows progress
+    out: Path | None = None  # the folder of the results
