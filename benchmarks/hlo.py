@@ -94,7 +94,9 @@ def parse(text: str) -> Program:
         elif current is not None and (found := _INSTRUCTION.match(line)):
             arguments, attributes = _split_arguments(found[4])
             operands = _NAME.findall(arguments)
-            current.append(Instruction(*found.group(1, 2, 3), operands, arguments, attributes))
+            current.append(
+                Instruction(found[1], found[2], found[3], operands, arguments, attributes)
+            )
     if entry is None:
         raise ValueError("the text has no line that begins with ENTRY, so it is not HLO")
     return Program(computations, entry)
@@ -169,9 +171,7 @@ def _called(instruction: Instruction) -> list[str]:
     return names
 
 
-def _kernel(
-    program: Program, instruction: Instruction, shapes: Mapping[str, str]
-) -> Kernel | None:
+def _kernel(program: Program, instruction: Instruction, shapes: Mapping[str, str]) -> Kernel | None:
     """Return what an instruction reads and writes, or None where it moves no data itself."""
     name, shape, opcode, operands, *_ = instruction
     if opcode in _FREE or opcode in _CALLS or opcode.endswith("-done"):

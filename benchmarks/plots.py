@@ -7,6 +7,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.targets import TARGETS
+
 _EXACT, _NOT_A_NUMBER = 1e-9, 1e7
 
 
@@ -83,10 +85,45 @@ def memory(data: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def compiled(data: dict[str, Any], path: Path) -> None:
+    """What a layer and a ResNet's step read and write, a column for each machine."""
+    found = data["targets"]
+    figure, axes = plt.subplots(
+        *(2, max(len(found), 1)),
+        figsize=(5.5 * max(len(found), 1), 6),
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, (target, records) in enumerate(found.items()):
+        above, below = axes[:, column]
+        shown = [one for one in records["layers"] if one["backward"] and not one["masked"]]
+        cases = list(dict.fromkeys((one["dtype"], one["layout"]) for one in shown))
+        names = list(dict.fromkeys(one["layer"] for one in shown))
+        for k, name in enumerate(names):
+            passes = [one["passes"] for one in shown if one["layer"] == name]
+            places = np.arange(len(cases)) + (k - (len(names) - 1) / 2) * 0.25
+            above.bar(places, passes, 0.25, color=f"C{k}", label=name)
+        above.axhline(8, color="gray", lw=0.8, ls=":", label="floor")
+        above.set_xticks(range(len(cases)), ["\n".join(case) for case in cases], fontsize=8)
+        above.set_ylabel("bytes of a layer over its input's\n(forward + backward)", fontsize=9)
+        above.set_title(TARGETS[target].title)
+        networks = records["network"]
+        colors = [f"C{names.index(one['layer'])}" for one in networks]
+        below.barh(
+            *([one["layer"] for one in networks], [one["bytes"] / 1e9 for one in networks]),
+            color=colors,
+        )
+        below.invert_yaxis()
+        below.set_xlabel("bytes of a ResNet's training step on one device, GB", fontsize=9)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "speed": speed,
     "memory": memory,
     "accuracy": accuracy,
+    "compiled": compiled,
 }
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from benchmarks.report_compiled import compiled, table
+
 _PACKAGES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
 _PASSES = {
     "forward": "training, forward",
@@ -32,12 +34,6 @@ def environment() -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "versions": versions,
     }
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _missing(data: dict[str, Any]) -> str:
@@ -230,6 +226,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recompute": recompute,
     "forms": forms,
     "collectives": collectives,
+    "compiled": compiled,
 }
 
 

@@ -87,9 +87,7 @@ def environment(target: str) -> dict[str, str]:
 def devices(target: str, topology: str | None = None) -> list[Any]:
     """Return devices to compile for: an H100, or the chips of a TPU topology such as "v5e:2x2"."""
     if target == "gpu":
-        found = topologies.get_topology_desc(
-            platform="cuda", target_config=_H100, topology="1x1x1"
-        )
+        found = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology="1x1x1")
     else:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology or "v5e:2x2")
     return list(found.devices)
