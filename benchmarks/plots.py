@@ -90,7 +90,8 @@ def compiled(data: dict[str, Any], path: Path) -> None:
     found = data["targets"]
     figure, axes = plt.subplots(
         *(2, max(len(found), 1)),
-        figsize=(5.5 * max(len(found), 1), 6),
+        figsize=(5.5 * max(len(found), 1), 5.5),
+        height_ratios=(3, 1),
         squeeze=False,
         layout="constrained",
     )
@@ -109,13 +110,14 @@ def compiled(data: dict[str, Any], path: Path) -> None:
         above.set_title(TARGETS[target].title)
         networks = records["network"]
         colors = [f"C{names.index(one['layer'])}" for one in networks]
-        below.barh(
-            *([one["layer"] for one in networks], [one["bytes"] / 1e9 for one in networks]),
-            color=colors,
-        )
+        gigabytes = [one["bytes"] / 1e9 for one in networks]
+        bars = below.barh([one["layer"] for one in networks], gigabytes, color=colors)
+        below.bar_label(bars, fmt="%.1f", label_type="center", color="white")
         below.invert_yaxis()
         below.set_xlabel("bytes of a ResNet's training step on one device, GB", fontsize=9)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
+    )
     _save(figure, path)
 
 
