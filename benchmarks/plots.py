@@ -11,10 +11,17 @@ _EXACT, _NOT_A_NUMBER = 1e-9, 1e7
 
 
 def speed(data: dict[str, Any], path: Path) -> None:
-    """Our time over each contender's: a dot for each shape, a bar for their geometric mean."""
-    groups = list(dict.fromkeys((one["dtype"], one["layout"]) for one in data["summary"]))
-    kinds = list(dict.fromkeys(one["pass"] for one in data["summary"]))
-    names = [n for n in dict.fromkeys(one["contender"] for one in data["summary"]) if n != "ours"]
+    """Plot our time over each contender's, a dot for each shape and a bar for their mean.
+
+    The geometric mean, of the first kind of data alone.
+    """
+    first = next(iter(data["data"]))
+    cases, summary = (
+        [one for one in data[part] if one["data"] == first] for part in ("cases", "summary")
+    )
+    groups = list(dict.fromkeys((one["dtype"], one["layout"]) for one in summary))
+    kinds = list(dict.fromkeys(one["pass"] for one in summary))
+    names = [n for n in dict.fromkeys(one["contender"] for one in summary) if n != "ours"]
     figure, axes = plt.subplots(
         *(len(kinds), len(groups)),
         figsize=(3.2 * len(groups), 2.4 * len(kinds)),
@@ -31,7 +38,7 @@ def speed(data: dict[str, Any], path: Path) -> None:
                 fields = ("dtype", "layout", "pass", "contender")
                 dots, (mean,) = (
                     [o["ours_over_it"] for o in part if tuple(o[f] for f in fields) == key]
-                    for part in (data["cases"], data["summary"])
+                    for part in (cases, summary)
                 )
                 at.plot([x] * len(dots), dots, "o", ms=3, alpha=0.5, color=f"C{x}")
                 at.plot([x - 0.3, x + 0.3], [mean, mean], color=f"C{x}", lw=2)
@@ -39,7 +46,7 @@ def speed(data: dict[str, Any], path: Path) -> None:
             at.set_title(f"{kind.replace('_', ' + ')}, {group[0]}, {group[1]}", fontsize=8)
             at.set_yscale("log")
             at.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-    figure.supylabel("our time / theirs", fontsize=9)
+    figure.supylabel(f"our time / theirs, data: {first}", fontsize=9)
     _save(figure, path)
 
 

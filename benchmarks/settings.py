@@ -12,5 +12,5 @@ def silently(things: Iterable[Any], description: str) -> Iterable[Any]:
 
 class Settings(NamedTuple):
     quick: bool = False
-    mean: float = 0.0  # of the input of `speed`
+    data: tuple[str, ...] = ("settled",)  # keys of `speed.DATA`
     track: Callable[[Iterable[Any], str], Iterable[Any]] = silently  # shows progress
