@@ -71,7 +71,7 @@ def until_accurate(first: Any, about: Callable[[jax.Array], Any]) -> Any:
 
     For CPUs, where each sum reads the batch by itself, and a loop that does not run costs nothing.
     A mean about zero has an error of r roundings, relative to the deviation, where it is r
-    deviations from zero: up to eight are accepted. A variance about a shift is accepted as in
+    deviations from zero: up to four are accepted. A variance about a shift is accepted as in
     `moments`. A third pass is about the number nearest to the mean: of equal values, their value.
     """
 
@@ -93,7 +93,7 @@ def until_accurate(first: Any, about: Callable[[jax.Array], Any]) -> Any:
         }
         return passes + 1, still_far, batch._replace(**mended)
 
-    far = is_far(first.mean_high, first.var, 8)
+    far = is_far(first.mean_high, first.var, 4)
     _, _, batch = lax.while_loop(needs_another, another, (jnp.ones((), jnp.int32), far, first))
     return batch
 

@@ -104,14 +104,15 @@ def _moments_jvp(narrow, axes, axis_name, axis_index_groups, primals, tangents):
     dx, *_ = tangents
     batch = moments(*primals, narrow, axes, axis_name, axis_index_groups)
     batch = checkpoint_name(batch, NAME)
-    deviation = x - batch.mean_high - batch.mean_low
+    # E[(x - mean) dx], with what is constant within a feature taken out of the sum.
+    deviation = x - batch.mean_high
     if mask is not None:
-        deviation = jnp.where(mask, deviation, 0)
-        dx = jnp.where(mask, dx, 0)
-    sums = jnp.stack([_sum(dx, axes), 2 * _sum(deviation * dx, axes)])
+        deviation, dx = (jnp.where(mask, value, 0) for value in (deviation, dx))
+    sums = jnp.stack([_sum(dx, axes), _sum(deviation * dx, axes)])
     if axis_name is not None:
         sums = lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
-    dmean, dvar = (total / jnp.maximum(batch.n, 1) for total in sums)
+    dmean, product = (total / jnp.maximum(batch.n, 1) for total in sums)
+    dvar = 2 * (product - batch.mean_low * dmean)
     return batch, Moments(jnp.zeros_like(batch.n), jnp.zeros_like(batch.mean_high), dmean, dvar)
 
 
