@@ -130,8 +130,10 @@ def _sample_mean(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) ->
     mean = mean + _mean(deviation, n, axes, mask)
     var = _mean(jnp.square(deviation), n, axes, mask)
     # About zero, a mean that is small beside the deviation is accurate beside itself, too. With
-    # var <= f sigma², the factor of the error is then (sqrt(f - 1) + sqrt(f) / 4)² at most.
-    return jnp.where(jnp.abs(mean) * 4 <= jnp.sqrt(var), 0, mean)
+    # var <= f sigma², the factor of the error is then (sqrt(f - 1) + sqrt(f) / 4)² at most. (Of
+    # equal values near the largest number, the square of the rounding error overflows.)
+    is_near_zero = (jnp.abs(mean) * 4 <= jnp.sqrt(var)) & (var < jnp.inf)
+    return jnp.where(is_near_zero, 0, mean)
 
 
 def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
