@@ -167,7 +167,9 @@ def _about(
     n = _count(x, mask, axes)
     own_x, own_shift = _fusion.apart(narrow, x, shift)
     mean = _mean(own_x - own_shift, n, axes, mask)
-    own_x, own_shift, _ = _fusion.apart(narrow, x, shift, mean)
+    # Past the barrier the mean is rounded: else a compiler that fuses its last multiplication with
+    # the next addition in one place and not in another gets a `mean_high` for each.
+    own_x, own_shift, mean = _fusion.apart(narrow, x, shift, mean)
     var = _mean(jnp.square(own_x - own_shift), n, axes, mask) - jnp.square(mean)
     mean_high = shift + mean
     return Moments(n, mean_high, (shift - mean_high) + mean, jnp.maximum(var, 0))
