@@ -84,8 +84,8 @@ def until_accurate(first: Any, about: Callable[[jax.Array], Any]) -> Any:
 
     def another(passes_far_batch):
         passes, far, batch = passes_far_batch
-        new = about(batch.mean_high)
-        still_far = far & is_far(new.mean_high - batch.mean_high, new.var, 4)
+        new = about(batch.mean_high + batch.mean_low)
+        still_far = far & is_far(new.mean_low, new.var, 4)
         # The count is the same, and may have the shape of a single number.
         mended = {
             name: jnp.where(far, getattr(new, name), getattr(batch, name))

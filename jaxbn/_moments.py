@@ -92,7 +92,11 @@ def moments(
             first, partial(_about, x=x, mask=mask, narrow=narrow, axes=axes)
         )
 
-    batch = _fusion.by_platform(x, cpu=on_cpu, default=in_one_reading)
+    # On a CPU these come out of a loop, and are the same numbers wherever they are used. A compiler
+    # may compute what it fuses twice, and round it otherwise, which this sum would not forgive.
+    n, shift, mean, var = _fusion.by_platform(x, cpu=on_cpu, default=in_one_reading)
+    mean_high = shift + mean
+    batch = Moments(n, mean_high, (shift - mean_high) + mean, var)
     if axis_name is None:
         return batch
     return _merge(_gather(batch, axis_name, axis_index_groups))
@@ -163,16 +167,16 @@ def _about(
     narrow: DTypeLike,
     axes: tuple[int, ...],
 ) -> Moments:
-    """Return the moments on one device, by sums of deviations from a shift and of their squares."""
+    """Return the moments on one device, by sums of deviations from a shift and of their squares.
+
+    The mean is the shift, as `mean_high`, and what is to be added to it.
+    """
     n = _count(x, mask, axes)
     own_x, own_shift = _fusion.apart(narrow, x, shift)
     mean = _mean(own_x - own_shift, n, axes, mask)
-    # Past the barrier the mean is rounded: else a compiler that fuses its last multiplication with
-    # the next addition in one place and not in another gets a `mean_high` for each.
-    own_x, own_shift, mean = _fusion.apart(narrow, x, shift, mean)
+    own_x, own_shift, _ = _fusion.apart(narrow, x, shift, mean)
     var = _mean(jnp.square(own_x - own_shift), n, axes, mask) - jnp.square(mean)
-    mean_high = shift + mean
-    return Moments(n, mean_high, (shift - mean_high) + mean, jnp.maximum(var, 0))
+    return Moments(n, shift, mean, jnp.maximum(var, 0))
 
 
 def _mean_then_variance(
