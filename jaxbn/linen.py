@@ -50,8 +50,8 @@ class BatchNorm(nn.Module):
       axis_name: the mapped axis, or axes, that share statistics. Under `jit` with sharded arrays
         none is needed.
       axis_index_groups: groups of indices of `axis_name` that share statistics.
-      use_fast_variance: accepted for Flax's sake, without effect: the variance is both accurate and
-        computed in one pass.
+      use_fast_variance: accepted for Flax's sake, without effect: the variance is always the
+        accurate one.
       force_float32_reductions: accepted for Flax's sake, without effect: statistics are computed
         and kept in float32 at least.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".

@@ -60,8 +60,8 @@ class BatchNorm(nnx.Module):
       axis_name: the mapped axis, or axes, that share statistics. Under `jit` with sharded arrays
         none is needed. Construction and evaluation do not look at it.
       axis_index_groups: groups of indices of `axis_name` that share statistics.
-      use_fast_variance: accepted for Flax's sake, without effect: the variance is both accurate and
-        computed in one pass.
+      use_fast_variance: accepted for Flax's sake, without effect: the variance is always the
+        accurate one.
       promote_dtype: a function of the tuple `(x, mean, var, scale, bias)` and the keyword `dtype`
         that returns the tuple to compute with. As in Flax, its dtypes determine that of the result.
         Values that it would narrow are kept, and the result is rounded once, at the end.
