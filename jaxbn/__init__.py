@@ -4,12 +4,12 @@ import importlib
 import typing
 
 from jaxbn._batch_norm import batch_norm as batch_norm
-from jaxbn._batch_norm import init as init
 from jaxbn._conventions import EXERCISE as EXERCISE
 from jaxbn._conventions import FLAX as FLAX
 from jaxbn._conventions import KERAS as KERAS
 from jaxbn._conventions import PYTORCH as PYTORCH
 from jaxbn._decay_mask import decay_mask as decay_mask
+from jaxbn._init import init as init
 from jaxbn._keep_finite import keep_finite as keep_finite
 
 __all__ = [

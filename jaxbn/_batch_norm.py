@@ -1,4 +1,4 @@
-"""Batch normalization: `init` makes its parameters and state, `batch_norm` computes it."""
+"""Batch normalization."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
@@ -9,68 +9,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _checks
-from jaxbn._ghost import in_groups, kept_axes
+from jaxbn import _fusion
+from jaxbn._call import check_options, checked
+from jaxbn._ghost import in_groups
 from jaxbn._moments import NAME as MOMENTS_NAME
-from jaxbn._moments import Moments, apart, moments, statistics_dtype
+from jaxbn._moments import moments
 from jaxbn._running import Estimator, State, update, variance
 
 Params = Mapping[str, jax.Array]
-_KEEP_MOMENTS = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)
+# The backward pass needs x, in the dtype that it came in, and the moments. The rest is arithmetic
+# on single values, which costs less to repeat than to keep.
+_recomputed = partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME),
+    prevent_cse=False,
+)
 StateT = TypeVar("StateT", bound=State | None)
-
-
-def init(
-    shape: Sequence[int],
-    axis: int | Sequence[int] = -1,
-    *,
-    use_scale: bool = True,
-    use_bias: bool = True,
-    param_dtype: DTypeLike = jnp.float32,
-    keepdims: bool = False,
-    track_count: bool = False,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Parameters and state of a batch norm over inputs of one shape.
-
-    Args:
-      shape: the input's shape. Only the sizes along `axis` matter.
-      axis: the feature axis, or axes; every other axis is reduced.
-      use_scale: whether the parameters hold a `scale`, ones.
-      use_bias: whether the parameters hold a `bias`, zeros.
-      param_dtype: the parameters' dtype. The state has it too, but never less than float32.
-      keepdims: leaves of the shape that broadcasts against the input, (1, C, 1, 1), not (C,).
-      track_count: whether the state counts training batches, which `momentum=None` needs.
-
-    Returns:
-      `params`, with `scale` and `bias`, and `state`, with `mean` (zeros), `var` (ones) and, where
-      asked for, `count` (int32, 0).
-
-    Raises:
-      ValueError: `shape` is no sequence of sizes, or `axis` is out of its range.
-      TypeError: `param_dtype` is not floating.
-
-    Example:
-      >>> import jax, jaxbn
-      >>> params, state = jaxbn.init((64, 16, 32, 32), axis=1)
-      >>> jax.tree.map(lambda leaf: leaf.shape, {**params, **state})
-      {'bias': (16,), 'mean': (16,), 'scale': (16,), 'var': (16,)}
-    """
-    shape = _checks.shape(shape)
-    feature_axes = _checks.feature_axes(axis, shape)
-    param_dtype = _checks.floating_dtype("param_dtype", param_dtype)
-    state_dtype = statistics_dtype(param_dtype)
-    kept = range(len(shape)) if keepdims else feature_axes
-    leaf = tuple(shape[a] if a in feature_axes else 1 for a in kept)
-
-    params = {}
-    if use_scale:
-        params["scale"] = jnp.ones(leaf, param_dtype)
-    if use_bias:
-        params["bias"] = jnp.zeros(leaf, param_dtype)
-    state = {"mean": jnp.zeros(leaf, state_dtype), "var": jnp.ones(leaf, state_dtype)}
-    if track_count:
-        state["count"] = jnp.zeros((), jnp.int32)
-    return params, state
 
 
 def batch_norm(
@@ -166,90 +120,79 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift", 2015, algorithms 1 and 2.
     """
-    x = _checks.floating_array("x", x)
-    feature_axes = _checks.feature_axes(axis, x.shape)
-    _checks.params(params, x.shape, feature_axes)
-    _checks.state(state, x.shape, feature_axes)
-    train = _checks.python_bool("train", train)
-    use_batch = train or state is None
-    _checks.momentum(momentum, state, train)
-    _checks.epsilon(epsilon, use_batch, statistics_dtype(x.dtype))
-    _checks.estimator("batch_variance", batch_variance)
-    _checks.estimator("running_variance", running_variance)
-    mask = _checks.mask(mask, x.shape)
-    if momentum is None and mask is not None and train and state is not None:
-        _checks.cumulative_average(mask.shape, feature_axes, running_variance)
-    dtype = x.dtype if dtype is None else _checks.floating_dtype("dtype", dtype)
-    _checks.axis_index_groups(axis_index_groups, axis_name)
-    ghosts = _checks.virtual_batch_size(virtual_batch_size, x.shape, feature_axes, use_batch)
-    # The devices share the statistics that normalize, or, of ghost batches, those that are tracked.
-    normalized_over, tracked_over = (axis_name, axis_index_groups), (None, None)
-    if ghosts is not None:
-        normalized_over, tracked_over = tracked_over, normalized_over
-    if use_batch:
-        _checks.axis_name(axis_name, axis_index_groups)
-        if "unbiased" in (batch_variance, running_variance):
-            _checks.more_than_one_value(x.shape, feature_axes, ghosts, *normalized_over)
+    call = checked(params, state, x, train, axis, mask, dtype, virtual_batch_size)
+    estimators, devices = (batch_variance, running_variance), (axis_name, axis_index_groups)
+    check_options(call, state, momentum, epsilon, *estimators, *devices)
 
-    features = tuple(n if a in feature_axes else 1 for a, n in enumerate(x.shape))
-    kept = feature_axes if ghosts is None else kept_axes(feature_axes, ghosts[0])
-    dtype_of_statistics = statistics_dtype(x.dtype)
+    scale = call.feature(params.get("scale", 1))
+    bias = call.feature(params.get("bias", 0))
+    running = None if state is None else [call.feature(state[key]) for key in ("mean", "var")]
+    added = jnp.asarray(epsilon, scale.dtype)
 
-    def feature(leaf: ArrayLike) -> jax.Array:
-        return jnp.asarray(leaf, dtype_of_statistics).reshape(features)
+    @_recomputed
+    def normalize_by_running(x, mask, scale, bias, mean, var):
+        wide = x.astype(scale.dtype)
+        y = _normalize(wide, x.dtype, mask, scale, bias, mean, jnp.zeros_like(mean), var + added)
+        return y.astype(call.dtype)
 
-    # The backward pass needs x, as it came, and the moments. The rest is arithmetic on single
-    # values, which costs less to repeat than to keep.
-    @partial(jax.checkpoint, policy=_KEEP_MOMENTS, prevent_cse=False)
-    def normalize(
-        x: jax.Array, mask: jax.Array | None, scale: jax.Array, bias: jax.Array
-    ) -> tuple[jax.Array, Moments | None]:
-        narrow, x = x, x.astype(dtype_of_statistics)
-        if use_batch:
-            reduced_axes = tuple(a for a in range(x.ndim) if a not in kept)
-            batch = moments(x, narrow, mask, reduced_axes, *normalized_over)
-            shift, mean = lax.stop_gradient(batch.shift), batch.mean
-            var = variance(batch, batch_variance)
-        else:
-            assert state is not None
-            batch = None
-            shift, mean, var = feature(state["mean"]), 0, feature(state["var"])
-        # y = scale (x - shift - mean) / sqrt(var + epsilon) + bias, with all that is constant
-        # within a feature computed once, so that its derivative takes two sums and one pass.
-        slope = scale / jnp.sqrt(var + jnp.asarray(epsilon, dtype_of_statistics))
-        offset = bias - mean * slope
-        if mask is None:
-            y = _line(x, narrow, shift, slope, offset)
-        else:
-            x = jnp.where(mask, x, shift)
-            y = jnp.where(mask, _line(x, x, shift, slope, offset), bias)
-        return y.astype(dtype), batch
+    @_recomputed
+    def normalize_by_batch(x, mask, scale, bias, shift):
+        wide = x.astype(scale.dtype)
+        batch = moments(wide, mask, shift, x.dtype, call.axes, *sharing)
+        mean = lax.stop_gradient(batch.mean_high), batch.mean_low
+        var = variance(batch, batch_variance)
+        y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var + added)
+        return y.astype(call.dtype), batch
 
-    scale = feature(params.get("scale", jnp.ones(features)))
-    bias = feature(params.get("bias", jnp.zeros(features)))
-    if ghosts is None:
-        y, batch = normalize(x, mask, scale, bias)
-        batches = jax.tree.map(lambda leaf: leaf[None], batch)
-    else:
-        y, batches = in_groups(normalize, *ghosts)(x, mask, scale, bias)
-    if state is None or batches is None:
+    if running is not None and not call.train:
+        return normalize_by_running(call.x, call.mask, scale, bias, *running), state
+
+    # Devices share the statistics that normalize or, of ghost batches, those that are tracked.
+    alone = (None, None)
+    sharing, averaging = (devices, alone) if call.ghosts is None else (alone, devices)
+    arguments = (call.x, call.mask, scale, bias, _known_shift(call.x.dtype, running))
+    y, batches = in_groups(normalize_by_batch, call.ghosts)(*arguments)
+    if state is None:
         return y, state
-    new_state = update(state, batches, momentum, running_variance, *tracked_over)
+    new_state = update(state, batches, momentum, running_variance, *averaging)
     return y, cast(StateT, lax.stop_gradient(new_state))
 
 
-@jax.custom_jvp
-def _line(
-    x: jax.Array, narrow: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array
-) -> jax.Array:
-    del narrow
+def _known_shift(dtype: jnp.dtype, running: Sequence[jax.Array] | None) -> jax.Array | None:
+    """Return the running mean, which serves as the shift of inputs in half precision.
+
+    Sums about a shift that is r deviations from the mean lose r² 2^-24 of the variance. The
+    rounding of `x` itself moved its values by r 2^-9 of a deviation in bfloat16 and r 2^-12 in
+    float16, which is more for every r that values can have while they still differ (2^8 and 2^11).
+    """
+    if running is None or jnp.finfo(dtype).bits > 16:
+        return None
+    mean = lax.stop_gradient(running[0])
+    return jnp.where(jnp.isfinite(mean), mean, 0)
+
+
+def _normalize(x, narrow, mask, scale, bias, mean_high, mean_low, var):
+    """Return `scale (x - mean) / sqrt(var) + bias`, and `bias` where the mask is false.
+
+    What is constant within a feature is computed once, so that the derivative takes two sums.
+    """
+    slope = scale / jnp.sqrt(var)
+    offset = bias - mean_low * slope
+    if mask is None:
+        return _line(narrow, x, mean_high, slope, offset)
+    x = jnp.where(mask, x, mean_high)
+    return jnp.where(mask, _line(x.dtype, x, mean_high, slope, offset), bias)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _line(narrow, x, shift, slope, offset):
     return (x - shift) * slope + offset
 
 
 @_line.defjvp
-def _line_jvp(primals, tangents):
-    """The product rule, as it would be found without being written, but for `apart`."""
-    x, narrow, shift, slope, _ = primals
-    dx, _, dshift, dslope, doffset = tangents
-    own_x, own_shift = apart(x, narrow, shift)
-    return _line(*primals), (dx - dshift) * slope + (own_x - own_shift) * dslope + doffset
+def _line_jvp(narrow, primals, tangents):
+    """The product rule, with the sums of its transpose taken as `_fusion` knows best."""
+    x, shift, slope, _ = primals
+    dx, dshift, dslope, doffset = tangents
+    own = _fusion.line(narrow, x, shift, dslope, doffset)
+    return _line(narrow, *primals), (dx - dshift) * slope + own

@@ -9,25 +9,33 @@ from jaxbn._moments import Moments
 
 
 def in_groups(
-    normalize: Callable[..., tuple[jax.Array, Moments | None]], axis: int, size: int
+    normalize: Callable[..., tuple[jax.Array, Moments]], ghosts: tuple[int, int] | None
 ) -> Callable[..., tuple[jax.Array, Moments]]:
-    """`normalize` of arrays that have the groups of `size` examples on `axis`, and the examples of
-    a group on the one after it. Of the moments, groups come on a new first axis."""
+    """Return `normalize` of each group of `size` examples on `axis`, given as `ghosts`.
 
-    def split(value: jax.Array) -> jax.Array:
+    Its arguments come with the groups on `axis` and the examples of a group on the next one. The
+    result has `y` in the shape of `x`, and the moments stacked over groups on a new first axis.
+    Without `ghosts` the whole batch is the only group.
+    """
+    if ghosts is None:
+
+        def whole(*arguments: jax.Array | None) -> tuple[jax.Array, Moments]:
+            y, batch = normalize(*arguments)
+            return y, jax.tree.map(lambda leaf: leaf[None], batch)
+
+        return whole
+    axis, size = ghosts
+
+    def split(value: jax.Array | None) -> jax.Array | None:
+        if value is None:
+            return None
         examples = value.shape[axis]
         groups = (1, 1) if examples == 1 else (examples // size, size)
         return value.reshape(*value.shape[:axis], *groups, *value.shape[axis + 1 :])
 
     def of_groups(x: jax.Array, *others: jax.Array | None) -> tuple[jax.Array, Moments]:
-        y, batches = normalize(split(x), *(v if v is None else split(v) for v in others))
-        assert batches is not None
-        whole = Moments(*jnp.broadcast_arrays(*batches))
-        return y.reshape(x.shape), jax.tree.map(lambda leaf: jnp.moveaxis(leaf, axis, 0), whole)
+        y, batches = normalize(*map(split, (x, *others)))
+        batches = Moments(*jnp.broadcast_arrays(*batches))
+        return y.reshape(x.shape), jax.tree.map(lambda leaf: jnp.moveaxis(leaf, axis, 0), batches)
 
     return of_groups
-
-
-def kept_axes(feature_axes: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """The axes that are not reduced where groups are on `axis`: theirs, and the features'."""
-    return (axis, *(a + (a >= axis) for a in feature_axes))

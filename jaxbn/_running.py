@@ -15,6 +15,7 @@ State = Mapping[str, jax.Array]
 
 
 def variance(batch: Moments, estimator: Estimator) -> jax.Array:
+    """Return the variance by an estimator: divided by n (biased), or by n - 1 (unbiased)."""
     if estimator == "biased":
         return batch.var
     return batch.var * (batch.n / jnp.maximum(batch.n - 1, 1))
@@ -28,14 +29,19 @@ def update(
     axis_name: Hashable | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> State:
-    """Return the state moved towards the mean of the statistics of `batches`, where they exist.
+    r"""Return the state moved towards the statistics of a batch, as a mapping of its kind.
 
-    Each batch is an entry of the first axis of `batches`, here and on the devices of `axis_name`.
-    The result is a mapping of the kind of `state`.
+    .. math::
+
+        \mathrm{running} \leftarrow
+            \mathrm{momentum} \cdot \mathrm{running} + (1 - \mathrm{momentum}) \cdot \mathrm{batch}
+
+    Of several `batches`, on the first axis here and on the devices of `axis_name`, it is the mean
+    of those that have the statistic; where none has, the old value is kept.
     """
     fewest = 2 if running_variance == "unbiased" else 1
     sums = [
-        _sum_existing(batches.shift + batches.mean, batches.n >= 1),
+        _sum_existing(batches.mean, batches.n >= 1),
         _sum_existing(variance(batches, running_variance), batches.n >= fewest),
     ]
     if axis_name is not None:
@@ -46,28 +52,31 @@ def update(
     if "count" in state:
         new["count"] = state["count"] + jnp.any(with_mean > 0).astype(state["count"].dtype)
 
-    def moved(old: jax.Array, total: jax.Array, n: jax.Array) -> jax.Array:
-        dtype = statistics_dtype(old.dtype, total.dtype)
-        if momentum is None:
-            weight = 1 / jnp.maximum(new["count"], 1).astype(dtype)
-            old_weight = 1 - weight
-        else:
-            weight, old_weight = _weights(momentum, dtype)
-        value = jnp.where(n > 0, weight * (total / jnp.maximum(n, 1)).astype(dtype), 0)
-        kept = jnp.where(n > 0, old_weight, 1) * old.astype(dtype).reshape(total.shape)
-        return (kept + value).reshape(old.shape)
+    def moved(running: jax.Array, total: jax.Array, n: jax.Array) -> jax.Array:
+        dtype = statistics_dtype(running.dtype, total.dtype)
+        old = running.astype(dtype).reshape(total.shape)
+        batch = (total / jnp.maximum(n, 1)).astype(dtype)
+        weight_of_old, weight_of_batch = _weights(momentum, new.get("count"), dtype)
+        moved = weight_of_old * old + weight_of_batch * batch
+        return jnp.where(n > 0, moved, old).reshape(running.shape)
 
     new["mean"] = moved(state["mean"], mean, with_mean)
     new["var"] = moved(state["var"], var, with_var)
     return _like(state, new)
 
 
-def _weights(momentum: ArrayLike, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Return the weights of the batch and of the old value, in `dtype` whatever momentum's is."""
+def _weights(
+    momentum: ArrayLike | None, count: jax.Array | None, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Return the weights of the old value and of the batch, in `dtype` whatever momentum's is."""
+    if momentum is None:
+        assert count is not None
+        weight = 1 / jnp.maximum(count, 1).astype(dtype)
+        return 1 - weight, weight
     if not isinstance(momentum, float):
         # Half precision would round the difference; float64 rounds it less than `dtype` does.
         momentum = jnp.asarray(momentum, statistics_dtype(dtype, getattr(momentum, "dtype", dtype)))
-    return jnp.asarray(1 - momentum, dtype), jnp.asarray(momentum, dtype)
+    return jnp.asarray(momentum, dtype), jnp.asarray(1 - momentum, dtype)
 
 
 def _like(state: State, new: dict[str, jax.Array]) -> State:
@@ -81,4 +90,5 @@ def _like(state: State, new: dict[str, jax.Array]) -> State:
 
 def _sum_existing(values: jax.Array, exist: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = jnp.sum(jnp.where(exist, values, 0), 0)
-    return total, jnp.broadcast_to(jnp.sum(exist, 0, dtype=values.dtype), total.shape)
+    # Added to zeros, it has the shape of the total, and is sharded as that is.
+    return total, jnp.sum(exist, 0, dtype=values.dtype) + jnp.zeros_like(total)

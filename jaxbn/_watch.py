@@ -27,14 +27,14 @@ class Observed(NamedTuple):
     """The moments of the input of one call of a layer, each of the shape of the layer's `mean`.
 
     Attributes:
-      n, shift, mean, var: as in `Moments`.
+      n, mean_high, mean_low, var: as in `Moments`.
       ddof: 1 where the layer tracks the unbiased variance, which divides by `n - 1`, and otherwise
         0. A scalar for each layer, so layers in a `scan` have an array of them.
     """
 
     n: Any
-    shift: Any
-    mean: Any
+    mean_high: Any
+    mean_low: Any
     var: Any
     ddof: Any
 
@@ -276,7 +276,7 @@ def _normalize(
     own_params = {name: leaf for name, leaf in params.items() if leaf is not None}
     wide = x.astype(statistics_dtype(x.dtype))
     reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
-    own = moments(wide, x, mask, reduced_axes)
+    own = moments(wide, mask, None, x.dtype, reduced_axes)
     features = own.mean.shape
     own = Moments(*(jnp.broadcast_to(value, features) for value in own))
     batch = own
@@ -286,7 +286,7 @@ def _normalize(
         batch = Moments(*(jnp.where(whole.n > 0, a, b) for a, b in zip(whole, own, strict=True)))
 
     # A state whose mean is a single number would lose what is beyond its last digit.
-    centred = (wide - batch.shift) - batch.mean
+    centred = (wide - batch.mean_high) - batch.mean_low
     var = variance(batch, getattr(layer, "batch_variance", "biased"))
     y, _ = batch_norm(
         own_params,

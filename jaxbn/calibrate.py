@@ -183,8 +183,8 @@ def _equal(a: Network[Statistics], b: Network[Statistics]) -> bool:
 
 
 def _statistics(observed: Observed) -> Statistics:
-    n, shift, mean, var = (np.asarray(value, np.float64) for value in observed[:4])
-    return Statistics(n, shift + mean, var, np.asarray(observed.ddof))
+    n, high, low, var = (np.asarray(value, np.float64) for value in observed[:4])
+    return Statistics(n, high + low, var, np.asarray(observed.ddof))
 
 
 def _given(whole: Statistics | None, like: Any) -> Observed:
@@ -192,14 +192,14 @@ def _given(whole: Statistics | None, like: Any) -> Observed:
 
     A call that nothing is known of is given no values, and normalizes with its own.
     """
-    dtype = like.mean.dtype
+    dtype = like.var.dtype
     if whole is None:
-        zeros = np.zeros(like.mean.shape, dtype)
+        zeros = np.zeros(like.var.shape, dtype)
         return Observed(zeros, zeros, zeros, zeros, np.zeros(like.ddof.shape, like.ddof.dtype))
     with np.errstate(over="ignore", invalid="ignore"):
-        shift = whole.mean.astype(dtype)
-        rest = (whole.mean - shift).astype(dtype)
-        return Observed(whole.n.astype(dtype), shift, rest, whole.var.astype(dtype), whole.ddof)
+        high = whole.mean.astype(dtype)
+        low = (whole.mean - high).astype(dtype)
+        return Observed(whole.n.astype(dtype), high, low, whole.var.astype(dtype), whole.ddof)
 
 
 def _written(statistics: Tree, calls: Network[Statistics]) -> Tree:

@@ -14,7 +14,8 @@ from flax.typing import Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks, _options
-from jaxbn._batch_norm import Estimator, batch_norm, init
+from jaxbn._batch_norm import Estimator, batch_norm
+from jaxbn._init import init
 
 __all__ = ["BatchNorm"]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._batch_norm import init
+from jaxbn._init import init
 from jaxbn.parity import _adapters
 from jaxbn.parity._layer import DifferentiableLayer
 

@@ -1,0 +1,78 @@
+"""What single compilers need so that they read a batch no more often than they must.
+
+This is the only module that knows of platforms. docs/performance.md counts what each form is for.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+
+def by_platform(*arguments: jax.Array, **forms: Callable[..., Any]) -> Any:
+    """Apply the form for the platform that the program is compiled for, or `default`."""
+    return lax.platform_dependent(*_varying_alike(*arguments), **forms)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def apart(narrow: DTypeLike, x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    """Return `x` and `others`, so that on a CPU a sum over them reads `x` by itself.
+
+    XLA for CPUs gives each sum a loop of its own. What two sums share, such as a conversion or a
+    subtraction, it computes once and writes out, where each could compute it on its way. A barrier
+    over different `others` for each sum keeps them from sharing. `narrow` is the dtype in which the
+    values of `x` came, and are read.
+    """
+
+    def barrier(x, *others):
+        own, *others = lax.optimization_barrier((x.astype(narrow), *others))
+        return own.astype(x.dtype), *others
+
+    return by_platform(x, *others, cpu=barrier, default=lambda *values: values)
+
+
+@apart.defjvp
+def _apart_jvp(narrow, primals, tangents):
+    own = apart(narrow, *primals)
+    # A barrier gives all that passes it the mapped axes of each, which tangents must have too.
+    return own, tuple(d + jnp.zeros_like(v) for d, v in zip(tangents, own, strict=True))
+
+
+@partial(jax.jit, static_argnums=0)
+def line(
+    narrow: DTypeLike, x: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array
+) -> jax.Array:
+    """Return `(x - shift) * slope + offset`, whose transpose in slope and offset is two sums.
+
+    XLA for GPUs fuses what comes before the sums of a backward pass, such as the derivative of a
+    relu, with a single sum but not with two. There the two are the real and the imaginary part of
+    one sum.
+    """
+
+    def plain(x, shift, slope, offset):
+        return (x - shift) * slope + offset
+
+    def separate(x, shift, slope, offset):
+        own_x, own_shift = apart(narrow, x, shift)
+        return plain(own_x, own_shift, slope, offset)
+
+    def of_one_sum(x, shift, slope, offset):
+        both = jnp.broadcast_to(lax.complex(offset, slope), x.shape)
+        return (x - shift) * both.imag + both.real
+
+    forms = {"cpu": separate, "cuda": of_one_sum, "rocm": of_one_sum, "default": plain}
+    return by_platform(x, shift, slope, offset, **forms)
+
+
+def _varying_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
+    """Return values that vary over the same devices where `shard_map` checks, as forms must."""
+    varying = [jax.typeof(value).manual_axis_type.varying for value in values]
+    everywhere = frozenset().union(*varying)
+    return tuple(
+        lax.pcast(value, tuple(everywhere - own), to="varying") if everywhere - own else value
+        for value, own in zip(values, varying, strict=True)
+    )
