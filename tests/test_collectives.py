@@ -58,28 +58,32 @@ def shard_mapped(function, mesh, batch, check, gradients=False):
 @pytest.mark.parametrize("check", [True, False])
 def test_shard_map_has_one_forward_and_one_backward(mesh, batch, check):
     """The backward one carries the gradients of the parameters too where the check sums them."""
-    assert collectives(shard_mapped(forward, mesh, batch, check)) == ["all-reduce"]
+    assert collectives(shard_mapped(forward, mesh, batch, check)) == ["all-gather"]
     both = shard_mapped(backward, mesh, batch, check, gradients=True)
-    assert collectives(both) == ["all-reduce"] * 2
+    assert sorted(collectives(both)) == ["all-gather", "all-reduce"]
 
 
 def test_pmap_has_one_forward_and_one_backward(batch):
     params, state = jaxbn.init(SHAPE)
     split = [v.reshape(8, 2, *SHAPE[1:]) for v in batch]
     axes = (None, None, *[0] * len(batch))
-    for function, count in [(forward, 1), (backward, 2)]:
+    for function, kinds in [(forward, ["all-gather"]), (backward, ["all-gather", "all-reduce"])]:
         mapped = jax.pmap(function, axis_name="data", in_axes=axes)
-        assert collectives(mapped.lower(params, state, *split).compile()) == ["all-reduce"] * count
+        assert sorted(collectives(mapped.lower(params, state, *split).compile())) == kinds
 
 
-def test_jit_has_two_forward_and_one_backward(mesh, batch):
-    """The second forward runs only where the first, about zero, is not accurate."""
+def test_jit_has_three_forward_and_one_backward_on_a_cpu(mesh, batch):
+    """One for the mean, one for the variance, and one for both in a loop that seldom runs.
+
+    Under a mask the compiler combines one pair less of those that the backward pass adds.
+    """
     sharded, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     params, state = jax.device_put(jaxbn.init(SHAPE), replicated)
+    is_masked = len(batch) > 1
     batch = jax.device_put(batch, sharded)
     for function, count, out in [
-        (forward, 2, (sharded, replicated)),
-        (backward, 3, (sharded, replicated, (replicated, sharded))),
+        (forward, 3, (sharded, replicated)),
+        (backward, 4 + is_masked, (sharded, replicated, (replicated, sharded))),
     ]:
         jitted = jax.jit(function, static_argnames="axis_name", out_shardings=out)
         compiled = jitted.lower(params, state, *batch, axis_name=None).compile()

@@ -1,0 +1,65 @@
+"""Real activations, ordered in space as they are, and batches of a million values a feature."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_sample_image
+
+from tests import forms, oracle
+from tests.accuracy import BIAS, SCALE, TOLERANCE, step_in
+
+every_form = pytest.mark.parametrize("form", forms.FORMS)
+
+
+@cache
+def stem() -> np.ndarray:
+    """Return what the first convolution of a network makes of a photograph, in float32.
+
+    The photograph is normalized as for ImageNet. The kernel has size 3, stride 2 and He's
+    initialization. Sky fills the upper half, so that no few rows are like all of them.
+    """
+    photograph = load_sample_image("china.jpg")[None].astype(np.float32) / 255
+    x = (photograph - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 3, 16)) * (2 / 27) ** 0.5
+    y = jax.lax.conv_general_dilated(
+        jnp.asarray(x, jnp.float32),
+        kernel,
+        (2, 2),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return np.asarray(y)
+
+
+@every_form
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_the_stem_of_a_network_on_a_photograph(form, axis):
+    x = np.moveaxis(stem(), -1, axis)
+    dy = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    truth = oracle.batch_norm(x, dy, SCALE, BIAS, axis=axis)
+    ours = step_in(form, axis)(x, dy)
+    for key in ("y", "mean", "var"):
+        assert oracle.error(getattr(ours, key), getattr(truth, key)) <= TOLERANCE, key
+    if form != "cuda":
+        assert oracle.error(ours.dx, truth.dx) <= TOLERANCE
+
+
+@every_form
+@pytest.mark.parametrize("mean", [1e7, 1.0])
+@pytest.mark.parametrize("shape", [(2**20, 3), (64, 128, 128, 3)])
+def test_a_million_values(mean, shape, form):
+    """Sums of so many numbers lose digits unless they are added up in a tree."""
+    x = (mean + np.random.default_rng(6).normal(size=shape)).astype(np.float32)
+    dy = np.random.default_rng(7).normal(size=shape).astype(np.float32)
+    scale, bias = SCALE[:3], BIAS[:3]
+    truth = oracle.batch_norm(x, dy, scale, bias)
+    ours = step_in(form)(x, dy, None, scale, bias)
+    assert oracle.error(ours.y, truth.y) <= TOLERANCE
+    assert np.all(np.abs(ours.var - truth.var) <= TOLERANCE * truth.var)
+    assert np.all(np.abs(ours.mean - truth.mean) <= TOLERANCE * np.abs(truth.mean))
+    if form != "cuda":
+        # As a sum of complex numbers it is added up one by one, on a CPU alone.
+        assert oracle.error(ours.dx, truth.dx) <= TOLERANCE
