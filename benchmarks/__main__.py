@@ -38,7 +38,16 @@ def run_quietly() -> None:
 
 
 def sections() -> dict[str, Callable[[Any], dict[str, Any]]]:
-    from benchmarks import accuracy, collectives, forms, memory, recompute, speed, training_step
+    from benchmarks import (
+        accuracy,
+        collectives,
+        compiled,
+        forms,
+        memory,
+        recompute,
+        speed,
+        training_step,
+    )
 
     return {
         "speed": speed.measure,
@@ -48,10 +57,14 @@ def sections() -> dict[str, Callable[[Any], dict[str, Any]]]:
         "recompute": recompute.measure,
         "forms": forms.measure,
         "collectives": collectives.measure,
+        "compiled": compiled.measure,
     }
 
 
 def main(argv: Sequence[str]) -> None:
+    from benchmarks.settings import Settings
+    from benchmarks.speed import DATA, data_names
+
     measures = sections()
 
     def names(text: str) -> list[str]:
@@ -71,7 +84,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--only", type=names, action="extend", help="sections, by commas; may be repeated"
     )
-    parser.add_argument("--mean", type=float, default=0.0, help="of the input of speed, N(mean, 1)")
+    parser.add_argument(
+        "--data",
+        type=data_names,
+        default=Settings().data,
+        help=f"the data of speed, by commas: {', '.join(DATA)}",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder to write")
     args = parser.parse_args(argv)
 
@@ -80,7 +98,6 @@ def main(argv: Sequence[str]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from benchmarks import plots, report
-    from benchmarks.settings import Settings
 
     matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +108,10 @@ def main(argv: Sequence[str]) -> None:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         settings = Settings(
-            args.quick, args.mean, lambda things, name: progress.track(things, description=name)
+            args.quick,
+            args.data,
+            lambda things, name: progress.track(things, description=name),
+            args.out,
         )
         for name, measure in measures.items():
             if not args.only or name in args.only:

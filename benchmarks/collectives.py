@@ -4,13 +4,11 @@
 """
 
 import json
-import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +16,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from benchmarks import hlo
+from benchmarks.hlo import Collective
 from benchmarks.settings import Settings
 
 FEATURES = 64
-_KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-_COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
-_SHAPE = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
-
-
-class Collective(NamedTuple):
-    kind: str
-    bytes: int
 
 
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
-    """Every collective in the text of a compiled program, with the bytes of its result."""
-    found = []
-    for result, kind in _COLLECTIVE.findall(compiled.as_text() or ""):
-        sizes = (
-            int(bits or 8) // 8 * math.prod(int(n) for n in dims.split(",") if n)
-            for _, bits, dims in _SHAPE.findall(result)
-        )
-        found.append(Collective(kind, sum(sizes)))
-    return found
+    """Return every collective of a compiled program, with the bytes of its result."""
+    return hlo.collectives(compiled.as_text() or "")
 
 
 def of_batch_norm(devices: int, features: int) -> tuple[list[Collective], list[Collective]]:

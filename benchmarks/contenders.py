@@ -36,6 +36,9 @@ class Arrays(NamedTuple):
     dy: jax.Array
     scale: jax.Array
     bias: jax.Array
+    # Running statistics, before the step.
+    mean: jax.Array
+    var: jax.Array
 
 
 class Contender(Protocol):
@@ -46,30 +49,34 @@ class Contender(Protocol):
     def forward_backward(self, batch: Any) -> Any: ...
     def evaluate(self, batch: Any) -> Any: ...
     def numbers(self, batch: Any) -> Result:
-        """The training step's results; `mean` and `var` are the running ones, from 0 and 1."""
+        """Return the training step's results; `mean` and `var` are the new running ones."""
         ...
 
 
 class Layer(NamedTuple):
-    """A JAX library's layer: `apply(scale, bias, state, x, train) -> (y, state)`."""
+    """A JAX library's layer: `apply(scale, bias, state, x, train) -> (y, state)`.
+
+    `state(mean, var)` makes its state, and `statistics(state)` returns them.
+    """
 
     apply: Callable[..., tuple[jax.Array, Any]]
-    state: Any
+    state: Callable[[jax.Array, jax.Array], Any]
     statistics: Callable[[Any], tuple[jax.Array, jax.Array]]
 
 
-def ours(problem: Problem) -> Layer:
-    _, state = jaxbn.init(problem.shape, problem.axis)
+def mean_and_var(mean: jax.Array, var: jax.Array) -> dict[str, jax.Array]:
+    return {"mean": mean, "var": var}
 
+
+def ours(problem: Problem) -> Layer:
     def apply(scale, bias, state, x, train):
         params = {"scale": scale, "bias": bias}
         return jaxbn.batch_norm(params, state, x, train, axis=problem.axis, **jaxbn.FLAX)
 
-    return Layer(apply, state, lambda state: (state["mean"], state["var"]))
+    return Layer(apply, mean_and_var, lambda state: (state["mean"], state["var"]))
 
 
 def flax(problem: Problem, use_fast_variance: bool = True) -> Layer:
-    features = problem.shape[problem.axis]
     layer = nn.BatchNorm(
         axis=problem.axis,
         momentum=MOMENTUM,
@@ -85,8 +92,7 @@ def flax(problem: Problem, use_fast_variance: bool = True) -> Layer:
         )
         return y, updates["batch_stats"]
 
-    state = {"mean": jnp.zeros(features), "var": jnp.ones(features)}
-    return Layer(apply, state, lambda state: (state["mean"], state["var"]))
+    return Layer(apply, mean_and_var, lambda state: (state["mean"], state["var"]))
 
 
 def haiku(problem: Problem) -> Layer:
@@ -108,11 +114,13 @@ def haiku(problem: Problem) -> Layer:
         return y.astype(x.dtype), state
 
     def average(value):
-        value = jnp.full(features, value, jnp.float32)
+        value = value.reshape(features)
         return {"counter": jnp.zeros((), jnp.int32), "hidden": value, "average": value}
 
     names = ("batch_norm/~/mean_ema", "batch_norm/~/var_ema")
-    state = {names[0]: average(0), names[1]: average(1)}
+
+    def state(mean, var):
+        return {names[0]: average(mean), names[1]: average(var)}
 
     def statistics(state):
         # Before Haiku takes out the initial value, which the others keep.
@@ -126,7 +134,7 @@ def equinox(problem: Problem) -> Layer:
     import equinox as eqx
 
     features = problem.shape[problem.axis]
-    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+    layer, initial = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
         features, "batch", EPSILON, momentum=MOMENTUM, mode="batch"
     )
 
@@ -142,7 +150,24 @@ def equinox(problem: Problem) -> Layer:
         y, state = mapped(x if problem.axis == 1 else x.reshape(-1, features), state)
         return y.reshape(x.shape).astype(x.dtype), state
 
-    return Layer(apply, state, lambda state: state.get(layer.batch_state_index))
+    index = layer.batch_state_index
+    assert index is not None  # as in this mode
+
+    def state(mean, var):
+        # A copy, since `set` makes the state that it is called on invalid.
+        return jax.tree.map(lambda leaf: leaf, initial).set(index, (mean, var))
+
+    return Layer(apply, state, lambda state: state.get(index))
+
+
+class Batch(NamedTuple):
+    """What `JaxContender` puts: the arrays, with the running statistics as the layer's state."""
+
+    x: jax.Array
+    dy: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+    state: Any
 
 
 class JaxContender:
@@ -167,20 +192,20 @@ class JaxContender:
         self._forward_backward = jax.jit(train_and_differentiate)
         self._evaluate = jax.jit(lambda *args: apply(*args, False)[0])
 
-    def put(self, arrays: Arrays) -> Arrays:
+    def put(self, arrays: Arrays) -> Batch:
         x, dy = (jnp.asarray(v, self.dtype) for v in (arrays.x, arrays.dy))
-        return Arrays(x, dy, arrays.scale, arrays.bias)
+        return Batch(x, dy, arrays.scale, arrays.bias, self.state(arrays.mean, arrays.var))
 
-    def forward(self, batch: Arrays) -> Any:
-        return self._forward(batch.scale, batch.bias, self.state, batch.x)
+    def forward(self, batch: Batch) -> Any:
+        return self._forward(batch.scale, batch.bias, batch.state, batch.x)
 
-    def forward_backward(self, batch: Arrays) -> Any:
-        return self._forward_backward(batch.scale, batch.bias, self.state, batch.x, batch.dy)
+    def forward_backward(self, batch: Batch) -> Any:
+        return self._forward_backward(batch.scale, batch.bias, batch.state, batch.x, batch.dy)
 
-    def evaluate(self, batch: Arrays) -> Any:
-        return self._evaluate(batch.scale, batch.bias, self.state, batch.x)
+    def evaluate(self, batch: Batch) -> Any:
+        return self._evaluate(batch.scale, batch.bias, batch.state, batch.x)
 
-    def numbers(self, batch: Arrays) -> Result:
+    def numbers(self, batch: Batch) -> Result:
         y, gradients, state = self.forward_backward(batch)
         return Result(*map(np.asarray, (y, *gradients, *self.statistics(state))))
 

@@ -1,103 +1,111 @@
-"""Ways to write what a batch norm sums and computes: how long each takes, and what it writes out.
+"""Ways to write the sums and the moments of a batch: how long each takes, and what it writes out.
 
-The compiler decides how many passes over the batch a form costs. These are the forms that were
-tried, the one in use and those that lost, for the next who thinks of one of them.
+The compiler decides how many passes over the batch a form costs. These are forms in use, and
+forms that were tried and lost.
 """
 
 import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-import jaxbn
 from benchmarks import timing
 from benchmarks.settings import Settings
-from benchmarks.speed import DTYPES, copy
-from jaxbn._moments import apart
+from benchmarks.speed import DTYPES, Problem, arrays, copy
+from jaxbn import _fusion
+from jaxbn._moments import Moments, moments
 
 AXES = (0, 1, 2)
-total = partial(jnp.sum, axis=AXES)
+total = partial(jnp.sum, axis=AXES, keepdims=True)
 
 
 def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def sums_apart(x: jax.Array, shift: jax.Array):
-    first, own = apart(wide(x), x, shift)
-    sum_ = total(first - own)
-    second, own, _ = apart(wide(x), x, shift, sum_)
-    return sum_, total(jnp.square(second - own))
+def sums(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    deviation = wide(x) - shift
+    return total(deviation), total(jnp.square(deviation))
 
 
-def layer(shift: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    """The design's plain form: moments about a shift, no derivative of its own."""
-
-    def form(x, shift_):
-        del shift_
-        s = lax.stop_gradient(shift(wide(x)))
-        centered = wide(x) - s
-        mean = total(centered) / (x.size // x.shape[-1])
-        var = total(jnp.square(centered)) / (x.size // x.shape[-1]) - jnp.square(mean)
-        slope = lax.rsqrt(var + 1e-5)
-        return (centered * slope - mean * slope).astype(x.dtype)
-
-    return form
+def sums_apart(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    own_x, own_shift = _fusion.apart(x.dtype, wide(x), shift)
+    sum_ = total(own_x - own_shift)
+    own_x, own_shift, _ = _fusion.apart(x.dtype, wide(x), shift, sum_)
+    return sum_, total(jnp.square(own_x - own_shift))
 
 
-def ours(x: jax.Array, shift: jax.Array) -> jax.Array:
-    del shift
-    params, state = jaxbn.init(x.shape)
-    return jaxbn.batch_norm(params, state, x, True)[0]
+def sum_of_pairs(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    deviation = wide(x) - shift
+    pair = total(lax.complex(deviation, jnp.square(deviation)))
+    return pair.real, pair.imag
 
 
-def and_backward(form: Callable[..., jax.Array]) -> Callable[..., Any]:
-    def forward_backward(x, shift):
-        y, vjp = jax.vjp(lambda x: form(x, shift), x)
-        return y, vjp(x)
+def reduction_of_two(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    deviation = wide(x) - shift
+    zero = jnp.zeros((), deviation.dtype)
+    found = lax.reduce(
+        *((deviation, jnp.square(deviation)), (zero, zero)),
+        lambda one, other: (one[0] + other[0], one[1] + other[1]),
+        AXES,
+    )
+    first, second = (jnp.expand_dims(value, AXES) for value in found)
+    return first, second
 
-    return forward_backward
+
+def moments_of(platform: str, shift: jax.Array | None, x: jax.Array) -> Moments:
+    """Return the moments by the form that `platform` gets, compiled for the one at hand."""
+
+    def by_platform(*arguments: jax.Array, **forms: Callable[..., Any]) -> Any:
+        return forms.get(platform, forms["default"])(*arguments)
+
+    with mock.patch.object(_fusion, "by_platform", by_platform):
+        return moments(wide(x), None, shift, x.dtype, AXES)
 
 
-FORMS: dict[str, Callable[..., Any]] = {
-    "sum of x": lambda x, s: total(wide(x)),
-    "sums of x and x², as they stand": lambda x, s: (
-        total(wide(x)),
-        total(jnp.square(wide(x))),
+# Of the batch and a shift of each feature.
+FORMS: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
+    "sums about zero": lambda x, s: sums(x, jnp.zeros_like(s)),
+    "sums about a shift, as they stand": sums,
+    "sums about a shift, apart (in use on a CPU)": sums_apart,
+    "sums about a shift, of a complex pair": sum_of_pairs,
+    "sums about a shift, a variadic reduce": reduction_of_two,
+    "moments in one reading, about a known shift (in use in half precision)": lambda x, s: (
+        moments_of("default", s, x)
     ),
-    "sums of x and x², the square of abs(x)": lambda x, s: (
-        total(wide(x)),
-        total(jnp.square(wide(jnp.abs(x)))),
+    "moments in one reading, about the mean of a sixteenth (in use)": lambda x, s: moments_of(
+        "default", None, x
     ),
-    "sums of x - s and (x - s)², as they stand": lambda x, s: (
-        total(wide(x) - s),
-        total(jnp.square(wide(x) - s)),
+    "moments in two readings, with the loop (in use on a CPU)": lambda x, s: moments_of(
+        "cpu", None, x
     ),
-    "sums of x - s and (x - s)², apart (in use)": sums_apart,
-    "layer about 0 (inaccurate)": and_backward(layer(lambda x: jnp.zeros(x.shape[-1:]))),
-    "layer about the batch mean": and_backward(layer(lambda x: jnp.mean(x, AXES))),
-    "layer about the mean of the first rows": and_backward(layer(lambda x: jnp.mean(x[:1], AXES))),
-    "layer in use": and_backward(ours),
 }
+
+
+def compiled(form: Callable[..., Any], *arguments: jax.Array) -> jax.stages.Compiled:
+    # What was traced for another platform's form must not be found again.
+    jax.clear_caches()
+    return jax.jit(form).lower(*arguments).compile()
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     shape = (4, 14, 14, 64) if settings.quick else (32, 56, 56, 256)
     records = []
     for dtype in settings.track(DTYPES, "forms"):
-        x = jax.random.normal(jax.random.key(0), shape, dtype)
-        shift = jnp.full(shape[-1:], 0.1)
-        compiled = {name: jax.jit(form).lower(x, shift).compile() for name, form in FORMS.items()}
+        given = arrays(Problem(shape, -1, dtype))
+        x, shift = given.x, given.mean.reshape(1, 1, 1, -1)
+        programs = {name: compiled(form, x, shift) for name, form in FORMS.items()}
         calls: dict[str, Callable[[], Any]] = {
-            name: partial(program, x, shift) for name, program in compiled.items()
+            name: partial(program, x, shift) for name, program in programs.items()
         }
         calls["copy"] = partial(copy, x)
         times = timing.turn_by_turn(calls, seconds=0.3 if settings.quick else 10.0)
-        for name, program in compiled.items():
+        for name, program in programs.items():
             analysis = program.memory_analysis()
             written = None if analysis is None else analysis.temp_size_in_bytes / x.nbytes
             records.append(

@@ -16,11 +16,11 @@ LAYERS = ["ours", "Flax"]
 def kept_bytes(name: str, problem: Problem) -> int:
     """Bytes of the distinct arrays that the backward pass of a compiled forward pass holds."""
     contender = JaxContender(JAX_LAYERS[name][1], problem)
-    x, _, scale, bias = contender.put(arrays(problem))
+    x, _, scale, bias, state = contender.put(arrays(problem))
 
     @jax.jit
     def forward(x, scale, bias):
-        return contender.train(scale, bias, contender.state, x)
+        return contender.train(scale, bias, state, x)
 
     _, vjp, _ = jax.vjp(forward, x, scale, bias, has_aux=True)
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(vjp)}

@@ -7,14 +7,23 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.targets import TARGETS
+
 _EXACT, _NOT_A_NUMBER = 1e-9, 1e7
 
 
 def speed(data: dict[str, Any], path: Path) -> None:
-    """Our time over each contender's: a dot for each shape, a bar for their geometric mean."""
-    groups = list(dict.fromkeys((one["dtype"], one["layout"]) for one in data["summary"]))
-    kinds = list(dict.fromkeys(one["pass"] for one in data["summary"]))
-    names = [n for n in dict.fromkeys(one["contender"] for one in data["summary"]) if n != "ours"]
+    """Plot our time over each contender's, a dot for each shape and a bar for their mean.
+
+    The geometric mean, of the first kind of data alone.
+    """
+    first = next(iter(data["data"]))
+    cases, summary = (
+        [one for one in data[part] if one["data"] == first] for part in ("cases", "summary")
+    )
+    groups = list(dict.fromkeys((one["dtype"], one["layout"]) for one in summary))
+    kinds = list(dict.fromkeys(one["pass"] for one in summary))
+    names = [n for n in dict.fromkeys(one["contender"] for one in summary) if n != "ours"]
     figure, axes = plt.subplots(
         *(len(kinds), len(groups)),
         figsize=(3.2 * len(groups), 2.4 * len(kinds)),
@@ -31,7 +40,7 @@ def speed(data: dict[str, Any], path: Path) -> None:
                 fields = ("dtype", "layout", "pass", "contender")
                 dots, (mean,) = (
                     [o["ours_over_it"] for o in part if tuple(o[f] for f in fields) == key]
-                    for part in (data["cases"], data["summary"])
+                    for part in (cases, summary)
                 )
                 at.plot([x] * len(dots), dots, "o", ms=3, alpha=0.5, color=f"C{x}")
                 at.plot([x - 0.3, x + 0.3], [mean, mean], color=f"C{x}", lw=2)
@@ -39,7 +48,7 @@ def speed(data: dict[str, Any], path: Path) -> None:
             at.set_title(f"{kind.replace('_', ' + ')}, {group[0]}, {group[1]}", fontsize=8)
             at.set_yscale("log")
             at.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-    figure.supylabel("our time / theirs", fontsize=9)
+    figure.supylabel(f"our time / theirs, data: {first}", fontsize=9)
     _save(figure, path)
 
 
@@ -83,10 +92,47 @@ def memory(data: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def compiled(data: dict[str, Any], path: Path) -> None:
+    """What a layer and a ResNet's step read and write, a column for each machine."""
+    found = data["targets"]
+    figure, axes = plt.subplots(
+        *(2, max(len(found), 1)),
+        figsize=(5.5 * max(len(found), 1), 5.5),
+        height_ratios=(3, 1),
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, (target, records) in enumerate(found.items()):
+        above, below = axes[:, column]
+        shown = [one for one in records["layers"] if one["backward"] and not one["masked"]]
+        cases = list(dict.fromkeys((one["dtype"], one["layout"]) for one in shown))
+        names = list(dict.fromkeys(one["layer"] for one in shown))
+        for k, name in enumerate(names):
+            passes = [one["passes"] for one in shown if one["layer"] == name]
+            places = np.arange(len(cases)) + (k - (len(names) - 1) / 2) * 0.25
+            above.bar(places, passes, 0.25, color=f"C{k}", label=name)
+        above.axhline(8, color="gray", lw=0.8, ls=":", label="floor")
+        above.set_xticks(range(len(cases)), ["\n".join(case) for case in cases], fontsize=8)
+        above.set_ylabel("bytes of a layer over its input's\n(forward + backward)", fontsize=9)
+        above.set_title(TARGETS[target].title)
+        networks = records["network"]
+        colors = [f"C{names.index(one['layer'])}" for one in networks]
+        gigabytes = [one["bytes"] / 1e9 for one in networks]
+        bars = below.barh([one["layer"] for one in networks], gigabytes, color=colors)
+        below.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+        below.invert_yaxis()
+        below.set_xlabel("bytes of a ResNet's training step on one device, GB", fontsize=9)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
+    )
+    _save(figure, path)
+
+
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "speed": speed,
     "memory": memory,
     "accuracy": accuracy,
+    "compiled": compiled,
 }
 
 

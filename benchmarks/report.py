@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from benchmarks.report_compiled import compiled, table
+
 _PACKAGES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
 _PASSES = {
     "forward": "training, forward",
@@ -34,12 +36,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _missing(data: dict[str, Any]) -> str:
     return "".join(f"\n\nLeft out: {name} ({why})." for name, why in data["missing"].items())
 
@@ -56,18 +52,19 @@ def speed(data: dict[str, Any]) -> str:
     names = list(dict.fromkeys(one["contender"] for one in data["summary"]))
     columns = [name for name in names if name != "ours"]
     text = [
-        f"## Speed\n\nInput N({data['mean']:g}, 1). Ratios are our time over theirs: below 1, ours "
-        "is faster. The floor is the time of the least memory traffic, by that of a copy of the "
-        "batch; the last columns say how much of each one's time it is, over batches that are "
-        "large enough to tell. (N, C) batches stand under NHWC.",
+        "## Speed\n\nRatios are our time over theirs: below 1, ours is faster. The floor is the "
+        "time of the least memory traffic, 3 passes forward and 8 forward and backward, by that of "
+        "a copy of the batch; the last columns say how much of each one's time it is, over batches "
+        "that are large enough to tell. (N, C) batches stand under NHWC. The data:",
+        "\n".join(f"- {name}: {what}." for name, what in data["data"].items()),
         "### Geometric means over the shapes",
         table(
             [
-                *("pass", "type", "layout", "shapes"),
+                *("pass", "data", "type", "layout", "shapes"),
                 *[f"ours / {name}" for name in columns],
                 *[f"floor / {name}" for name in names],
             ],
-            _speed_rows(data["summary"], ("pass", "dtype", "layout", "shapes"), columns, names),
+            _speed_rows(data["summary"], columns, names),
         ),
     ]
     for kind, title in _PASSES.items():
@@ -77,11 +74,12 @@ def speed(data: dict[str, Any]) -> str:
             f"### Each shape: {title}",
             table(
                 [
-                    *("shape", "type", "layout", "rounds", "ours, ms", "floor / ours"),
+                    *("data", "shape", "type", "layout", "rounds", "ours, ms", "floor / ours"),
                     *[f"ours / {name}" for name in columns],
                 ],
                 [
                     [
+                        one["data"],
                         _shape(one["shape"]),
                         one["dtype"],
                         one["layout"],
@@ -92,7 +90,7 @@ def speed(data: dict[str, Any]) -> str:
                             f"{c['ours_over_it']:.2f}"
                             for c in cases
                             if c["contender"] in columns
-                            and all(c[k] == one[k] for k in ("shape", "dtype", "layout"))
+                            and all(c[k] == one[k] for k in ("data", "shape", "dtype", "layout"))
                         ],
                     ]
                     for one in ours
@@ -102,12 +100,15 @@ def speed(data: dict[str, Any]) -> str:
     return "\n\n".join(text) + _missing(data)
 
 
-def _speed_rows(summary, keys, columns, names) -> Iterable[list[str]]:
+def _speed_rows(summary, columns, names) -> Iterable[list[str]]:
+    keys = ("pass", "data", "dtype", "layout", "shapes")
     groups: dict[tuple, dict[str, dict]] = {}
     for one in summary:
         groups.setdefault(tuple(one[key] for key in keys), {})[one["contender"]] = one
-    order = list(_PASSES)
-    for key, group in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
+    passes, data = list(_PASSES), list(dict.fromkeys(one["data"] for one in summary))
+    for key, group in sorted(
+        groups.items(), key=lambda item: (passes.index(item[0][0]), data.index(item[0][1]))
+    ):
         yield [
             *(_PASSES[key[0]], *map(str, key[1:])),
             *[f"{group[name]['ours_over_it']:.2f}" for name in columns],
@@ -139,13 +140,16 @@ def memory(data: dict[str, Any]) -> str:
 def accuracy(data: dict[str, Any]) -> str:
     names = list(next(iter(data["errors"].values())))
     rows = [
-        [name, *[" / ".join(_number(e, ".0e", "nan") for e in errors[c].values()) for c in names]]
+        [
+            *(name, _shape(data["shapes"][name])),
+            *[" / ".join(_number(e, ".0e", "nan") for e in errors[c].values()) for c in names],
+        ]
         for name, errors in data["errors"].items()
     ]
     return (
         f"## Accuracy\n\nLargest error of y / dx / dscale against extended precision, relative to "
-        f"the largest value (absolute where all are zero), {data['dtype']}, "
-        f"{_shape(data['shape'])}.\n\n{table(['input', *names], rows)}{_missing(data)}"
+        f"the largest value (absolute where all are zero), {data['dtype']}. The shape is (values "
+        f"of a feature, features).\n\n{table(['input', 'shape', *names], rows)}{_missing(data)}"
     )
 
 
@@ -158,13 +162,16 @@ def training_step(data: dict[str, Any]) -> str:
             str(one["rounds"]),
             *[f"{1e3 * one['seconds'][name]:.3g} ms" for name in ("ours", "Flax")],
             f"{one['ours_over_flax']:.3f}",
+            f"{one['norms_off_zero']} of {one['norms']}",
         ]
         for one in data["cases"]
     ]
     return (
-        f"## A whole training step\n\n{name} ({model}), images {_shape(data['images'])}; "
-        f"medians, and the median of ratios of pairs.\n\n"
-    ) + table(["type", "rounds", "with ours", "with Flax's", "ours / Flax"], rows)
+        f"## A whole training step\n\n{name} ({model}) at initialization, crops of photographs "
+        f"{_shape(data['images'])}, running statistics warmed up; medians, and the median of "
+        "ratios of pairs. A norm is off zero where the mean of some feature of its input exceeds "
+        "its deviation.\n\n"
+    ) + table(["type", "rounds", "with ours", "with Flax's", "ours / Flax", "norms off zero"], rows)
 
 
 def forms(data: dict[str, Any]) -> str:
@@ -176,8 +183,8 @@ def forms(data: dict[str, Any]) -> str:
         for one in data["cases"]
     ]
     return (
-        f"## Forms\n\nBatch {_shape(data['shape'])}; layers forward and backward, without scale "
-        "and bias but for the one in use.\n\n"
+        f"## Forms\n\nOf the sums over a batch {_shape(data['shape'])} and of its moments. A form "
+        "of the library for another platform is compiled for this one.\n\n"
     ) + table(["type", "form", "time", "over a copy's", "temporaries per input byte"], rows)
 
 
@@ -230,6 +237,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recompute": recompute,
     "forms": forms,
     "collectives": collectives,
+    "compiled": compiled,
 }
 
 

@@ -1,4 +1,4 @@
-"""A ResNet of basic blocks (He et al., 2015) with the norm to be chosen, and its training step."""
+"""ResNets (He et al., 2015) with the norm to be chosen, and their training step."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,11 +33,33 @@ class Block(nn.Module):
         return nn.relu(x + y)
 
 
+class Bottleneck(nn.Module):
+    features: int
+    strides: int
+    norm: Callable[..., Any]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        norm = partial(self.norm, use_running_average=not train, dtype=self.dtype)
+        y = nn.relu(norm()(conv(self.features, (1, 1))(x)))
+        y = nn.relu(norm()(conv(self.features, (3, 3), self.strides)(y)))
+        y = norm()(conv(4 * self.features, (1, 1))(y))
+        if x.shape != y.shape:
+            x = norm()(conv(4 * self.features, (1, 1), self.strides)(x))
+        return nn.relu(x + y)
+
+
 class ResNet(nn.Module):
-    """ResNet-18 as it stands; `stem="small"` is the one for images of 32 pixels or so."""
+    """ResNet-18 by default; `RESNET50` makes it ResNet-50.
+
+    `stem="small"` is the stem for images of about 32 pixels.
+    """
 
     norm: Callable[..., Any]
     dtype: Any = jnp.float32
+    block: Callable[..., Any] = Block
     stem: Literal["small", "imagenet"] = "imagenet"
     blocks: Sequence[int] = (2, 2, 2, 2)
     features: int = 64
@@ -53,9 +75,12 @@ class ResNet(nn.Module):
         for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 strides = 2 if stage > 0 and block == 0 else 1
-                x = Block(self.features * 2**stage, strides, self.norm, self.dtype)(x, train)
+                x = self.block(self.features * 2**stage, strides, self.norm, self.dtype)(x, train)
         x = jnp.mean(x, (1, 2), dtype=jnp.float32)
         return nn.Dense(self.classes)(x)
+
+
+RESNET50: dict[str, Any] = {"block": Bottleneck, "blocks": (3, 4, 6, 3)}
 
 
 def training_step(model: nn.Module) -> Callable[..., tuple[Any, jax.Array]]:

@@ -33,30 +33,38 @@ GROUPS = [16, 64]
 
 
 def forward_bytes(devices: int, features: int) -> int:
-    """The table of count, shift, mean and variance of every device, in float32."""
+    """Return the bytes of every device's count, mean (two numbers) and variance, in float32."""
     return 4 * 4 * devices * features
 
 
 def backward_bytes(features: int) -> int:
-    """The sums of the cotangent, and of the cotangent times the input, in float32."""
+    """Return the bytes of the sums of the cotangent, and of it times the input, in float32."""
     return 2 * 4 * features
 
 
-def all_reduce_seconds(bytes_: float, devices: int, latency: float, bandwidth: float) -> float:
-    """Recursive halving and doubling: 2 log2 D rounds, and 2 (D - 1) / D times the bytes.
+def all_gather_seconds(bytes_: float, devices: int, latency: float, bandwidth: float) -> float:
+    """Return the time of recursive doubling: log2 D rounds, (D - 1) / D of the result's bytes.
 
     Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH",
-    2005, section 4.5.
+    2005, section 4.1.
     """
-    return 2 * latency * np.log2(devices) + 2 * (devices - 1) / devices * bytes_ / bandwidth
+    return latency * np.log2(devices) + (devices - 1) / devices * bytes_ / bandwidth
+
+
+def all_reduce_seconds(bytes_: float, devices: int, latency: float, bandwidth: float) -> float:
+    """Return the time of recursive halving and doubling, of which each half is like an all-gather.
+
+    The same paper, section 4.5.
+    """
+    return 2 * all_gather_seconds(bytes_, devices, latency, bandwidth)
 
 
 def step_seconds(devices: int, latency: float, bandwidth: float) -> float:
-    """What a step of ResNet-50 waits for its batch norms."""
+    """Return the seconds that a step of ResNet-50 waits for its batch norms."""
     return sum(
-        all_reduce_seconds(bytes_, devices, latency, bandwidth)
+        all_gather_seconds(forward_bytes(devices, features), devices, latency, bandwidth)
+        + all_reduce_seconds(backward_bytes(features), devices, latency, bandwidth)
         for features in RESNET50
-        for bytes_ in (forward_bytes(devices, features), backward_bytes(features))
     )
 
 
@@ -139,7 +147,7 @@ def plot(path: Path, latency: float, bandwidth: float) -> None:
     for group in GROUPS:
         grouped = [1e3 * step_seconds(min(d, group), latency, bandwidth) for d in DEVICES]
         axes.plot(DEVICES, grouped, "o-", label=f"groups of {group}")
-    rounds = [1e3 * 4 * len(RESNET50) * latency * np.log2(d) for d in DEVICES]
+    rounds = [1e3 * 3 * len(RESNET50) * latency * np.log2(d) for d in DEVICES]
     axes.plot(DEVICES, rounds, ":", color="gray", label="latency alone, all devices")
     axes.set(
         xscale="log",

@@ -1,6 +1,7 @@
 """What every benchmark is told."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -12,5 +13,6 @@ def silently(things: Iterable[Any], description: str) -> Iterable[Any]:
 
 class Settings(NamedTuple):
     quick: bool = False
-    mean: float = 0.0  # of the input of `speed`
+    data: tuple[str, ...] = ("settled",)  # keys of `speed.DATA`
     track: Callable[[Iterable[Any], str], Iterable[Any]] = silently  # shows progress
+    out: Path | None = None  # the folder of the results

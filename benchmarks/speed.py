@@ -1,10 +1,11 @@
 """Seconds of training forward, forward and backward, and evaluation, of one layer."""
 
+import argparse
 import gc
 import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,29 +14,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from benchmarks.contenders import Arrays, Problem, available
+from benchmarks.contenders import Arrays, Contender, Problem, available
 from benchmarks.settings import Settings
 
-# Height (and width) and features of ResNet-50's batch norms (He et al., 2015, table 1).
-RESNET50 = [
-    (112, 64),
-    *[(56, 64), (56, 256)],
-    *[(28, 128), (28, 512)],
-    *[(14, 256), (14, 1024)],
-    *[(7, 512), (7, 2048)],
-]
-# Features last. The last two are the exercise's, whose images have them first: (64, 16, 32, 32).
-SHAPES = [
-    *[(32, size, size, features) for size, features in RESNET50],
-    (8192, 512),
-    (64, 128),
-    (64, 32, 32, 16),
-]
+# Height (and width) and features of batch norms of ResNet-50 (He et al., 2015, table 1): the stem,
+# the wide layers of every stage, and the narrow ones of the first and the third.
+RESNET50 = [(112, 64), (56, 64), (56, 256), (28, 512), (14, 256), (14, 1024), (7, 2048)]
+SHAPES = [*[(32, size, size, features) for size, features in RESNET50], (8192, 512)]
 QUICK_SHAPES = [(4, 14, 14, 64)]
 # Less is copied in the time that it takes to start a program: no measure of memory.
 LEAST_BYTES_OF_A_FLOOR = 4_000_000
 DTYPES = ["float32", "bfloat16"]
 PASSES = list(timing.FLOOR_PASSES)
+# What the input and the running statistics hold.
+DATA = {
+    "settled": "the means of the features drawn from N(0, 1), deviation 1, as networks have it; "
+    "the running statistics are the batch's",
+    "standard": "N(0, 1); the running statistics are the batch's",
+    "far": "N(5, 1); the running statistics are the batch's",
+    "fresh": "the input of settled; the running statistics are those of a new layer, 0 and 1",
+}
+
+
+def data_names(text: str) -> tuple[str, ...]:
+    """Parse the names of data that the command line gives, separated by commas."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := set(names) - set(DATA):
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(unknown))}: the data are {', '.join(DATA)}"
+        )
+    return names
 
 
 def problems(shapes: list[tuple[int, ...]]) -> list[tuple[str, Problem]]:
@@ -49,14 +57,23 @@ def problems(shapes: list[tuple[int, ...]]) -> list[tuple[str, Problem]]:
     return found
 
 
-def arrays(problem: Problem, mean: float = 0.0) -> Arrays:
-    """A batch of N(mean, 1)."""
+def arrays(problem: Problem, data: str = "settled") -> Arrays:
+    """Return a batch, parameters and running statistics of a kind of `DATA`."""
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(problem.shape, np.float32) for _ in range(2))
-    x += np.float32(mean)
-    scale, bias = rng.uniform(0.5, 2, (2, problem.shape[problem.axis])).astype(np.float32)
+    features = x.shape[problem.axis]
+    scale, bias = rng.uniform(0.5, 2, (2, features)).astype(np.float32)
+    constant = {"standard": 0.0, "far": 5.0}
+    np.moveaxis(x, problem.axis, -1)[...] += (
+        constant[data] if data in constant else rng.standard_normal(features, np.float32)
+    )
     x, dy = (jnp.asarray(v, problem.dtype) for v in (x, dy))
-    return Arrays(x, dy, jnp.asarray(scale), jnp.asarray(bias))
+    if data == "fresh":
+        mean, var = jnp.zeros(features), jnp.ones(features)
+    else:
+        axes = tuple(a for a in range(x.ndim) if a != problem.axis % x.ndim)
+        mean, var = (moment(x, axes, dtype=jnp.float32) for moment in (jnp.mean, jnp.var))
+    return Arrays(x, dy, jnp.asarray(scale), jnp.asarray(bias), mean, var)
 
 
 @jax.jit
@@ -66,44 +83,49 @@ def copy(x: jax.Array) -> jax.Array:
 
 
 def time_problem(problem: Problem, makers: dict, settings: Settings) -> list[dict[str, Any]]:
-    """One record for each pass and contender."""
-    data = arrays(problem, settings.mean)
+    """Return one record for each kind of data, pass and contender."""
     contenders = {name: make(problem) for name, make in makers.items()}
-    batches = {name: contender.put(data) for name, contender in contenders.items()}
+    return [
+        {"data": data, "shape": list(problem.shape), "dtype": problem.dtype, **record}
+        for data in settings.data
+        for record in time_data(arrays(problem, data), contenders, settings.quick)
+    ]
+
+
+def time_data(
+    given: Arrays, contenders: dict[str, Contender], quick: bool
+) -> Iterator[dict[str, Any]]:
+    # PyTorch alone keeps the statistics that it updates: those of "fresh" move while it is timed,
+    # which costs it nothing.
+    batches = {name: contender.put(given) for name, contender in contenders.items()}
     budget: dict[str, Any] = (
-        {"at_least": 3, "at_most": 9, "seconds": 0.1} if settings.quick else {"seconds": 1.0}
+        {"at_least": 3, "at_most": 9, "seconds": 0.1} if quick else {"seconds": 1.0}
     )
-    records = []
-    has_floor = data.x.nbytes >= LEAST_BYTES_OF_A_FLOOR
+    has_floor = given.x.nbytes >= LEAST_BYTES_OF_A_FLOOR
     for kind in PASSES:
         calls: dict[str, Callable[[], object]] = {
             name: partial(getattr(contender, kind), batches[name])
             for name, contender in contenders.items()
         }
-        calls["copy"] = partial(copy, data.x)
+        calls["copy"] = partial(copy, given.x)
         times = timing.turn_by_turn(calls, **budget)
         for name in contenders:
-            records.append(
-                {
-                    "shape": list(problem.shape),
-                    "dtype": problem.dtype,
-                    "pass": kind,
-                    "contender": name,
-                    "rounds": len(times[name]),
-                    "seconds": statistics.median(times[name]),
-                    "copy_seconds": statistics.median(times["copy"]),
-                    "ours_over_it": timing.median_ratio(times["ours"], times[name]),
-                    "of_floor": timing.floor_fraction(times[name], times["copy"], kind)
-                    if has_floor
-                    else None,
-                }
-            )
-    return records
+            yield {
+                "pass": kind,
+                "contender": name,
+                "rounds": len(times[name]),
+                "seconds": statistics.median(times[name]),
+                "copy_seconds": statistics.median(times["copy"]),
+                "ours_over_it": timing.median_ratio(times["ours"], times[name]),
+                "of_floor": timing.floor_fraction(times[name], times["copy"], kind)
+                if has_floor
+                else None,
+            }
 
 
 def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means over shapes, for each layout, type, pass and contender."""
-    keys = ("layout", "dtype", "pass", "contender")
+    """Return geometric means over shapes, for each kind of data, layout, type and so on."""
+    keys = ("data", "layout", "dtype", "pass", "contender")
     groups: dict[tuple, list] = {}
     for record in records:
         groups.setdefault(tuple(record[key] for key in keys), []).append(record)
@@ -141,7 +163,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         gc.collect()
         jax.clear_caches()
     return {
-        "mean": settings.mean,
+        "data": {name: DATA[name] for name in settings.data},
         "missing": missing,
         "summary": summarize(records),
         "cases": records,

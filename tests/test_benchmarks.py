@@ -1,5 +1,6 @@
 """The benchmarks: that contenders do the same job, that ratios are right, that reports come out."""
 
+import argparse
 import itertools
 import json
 import math
@@ -19,11 +20,14 @@ from benchmarks import (
     plots,
     recompute,
     report,
+    scaling,
     speed,
     timing,
     training_step,
 )
 from benchmarks.contenders import Arrays, Problem
+from benchmarks.resnet import NORMS, ResNet
+from benchmarks.resnet import training_step as step
 from benchmarks.settings import Settings
 from tests import oracle
 
@@ -41,12 +45,12 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 4 * 2.0**-8}
 def assert_same_job(
     contender, batch, arrays: Arrays, problem: Problem, ddof: int = 0, momentum=contenders.MOMENTUM
 ) -> None:
-    x, dy, scale, bias = (np.asarray(v, np.float32) for v in arrays)
+    x, dy, scale, bias, mean, var = (np.asarray(v, np.float32) for v in arrays)
     truth = oracle.batch_norm(x, dy, scale, bias, axis=problem.axis)
     n = x.size // len(scale)
     running = truth._replace(
-        mean=(1 - momentum) * truth.mean,
-        var=momentum + (1 - momentum) * truth.var * n / (n - ddof),
+        mean=momentum * mean + (1 - momentum) * truth.mean,
+        var=momentum * var + (1 - momentum) * truth.var * n / (n - ddof),
     )
     for name, value, expected in zip(
         oracle.Result._fields, contender.numbers(batch), running, strict=True
@@ -58,9 +62,11 @@ def assert_same_job(
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_contenders_do_the_same_job(name, problem):
-    contender, arrays = MAKERS[name](problem), speed.arrays(problem, mean=0.5)
+    contender, arrays = MAKERS[name](problem), speed.arrays(problem)
+    # Statistics unlike the batch's, so that every layer has to be given them, and to move them.
+    arrays = arrays._replace(mean=arrays.mean + 0.5, var=2 * arrays.var)
     batch = contender.put(arrays)
-    x, _, scale, bias = (np.asarray(v, np.float32) for v in arrays)
+    x, _, scale, bias, mean, var = (np.asarray(v, np.float32) for v in arrays)
 
     def features(leaf: np.ndarray) -> np.ndarray:
         return leaf.reshape([-1 if a == problem.axis % x.ndim else 1 for a in range(x.ndim)])
@@ -71,10 +77,11 @@ def test_contenders_do_the_same_job(name, problem):
             y = y.float() if problem.axis == 1 else y.float().movedim(1, -1)
         return np.asarray(y, np.float32)
 
-    # Evaluation first: PyTorch moves its statistics, which begin at 0 and 1, in place.
+    # Evaluation first: PyTorch moves its statistics in place.
     y = contender.evaluate(batch)
     assert str(y.dtype).removeprefix("torch.") == problem.dtype
-    expected = features(scale) * x / np.sqrt(1 + contenders.EPSILON) + features(bias)
+    x_hat = (x - features(mean)) / np.sqrt(features(var) + contenders.EPSILON)
+    expected = features(scale) * x_hat + features(bias)
     assert oracle.error(numpy(y), expected) <= TOLERANCE[problem.dtype]
 
     exception: dict = {}
@@ -168,22 +175,56 @@ def test_ratios():
 
 
 def test_the_summary_is_of_shapes():
-    case = {"layout": "NHWC", "dtype": "float32", "pass": "forward", "contender": "Flax"}
+    case = {
+        **{"data": "settled", "layout": "NHWC", "dtype": "float32"},
+        **{"pass": "forward", "contender": "Flax"},
+    }
     ratios = [(0.5, None), (2.0, 0.2), (1.0, 0.8)]
     records = [{**case, "ours_over_it": ratio, "of_floor": floor} for ratio, floor in ratios]
     records.append({**case, "layout": "NCHW", "ours_over_it": 3.0, "of_floor": None})
-    first, second = speed.summarize(records)
+    records.append({**case, "data": "far", "ours_over_it": 5.0, "of_floor": None})
+    first, second, third = speed.summarize(records)
     assert (first["layout"], first["shapes"], second["layout"]) == ("NHWC", 3, "NCHW")
     assert first["ours_over_it"] == pytest.approx(1)
     assert first["of_floor"] == pytest.approx(0.4)
     assert (second["ours_over_it"], second["of_floor"]) == (pytest.approx(3), None)
+    assert (third["data"], third["ours_over_it"]) == ("far", pytest.approx(5))
 
 
 def test_problems_are_every_shape_type_and_layout():
     problems = speed.problems(speed.SHAPES)
-    assert len(problems) == len(set(problems)) == 2 * (2 * 10 + 2)
-    assert ("NCHW", Problem((64, 16, 32, 32), 1, "bfloat16")) in problems
+    assert len(speed.SHAPES) == 8
+    assert len(problems) == len(set(problems)) == 2 * (2 * 7 + 1)
+    assert ("NCHW", Problem((32, 64, 56, 56), 1, "bfloat16")) in problems
     assert ("NHWC", Problem((32, 112, 112, 64), -1, "float32")) in problems
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[3]], ids=str)
+def test_data_are_what_their_names_say(problem):
+    # Of 2,048 values each mean lies within 5 / sqrt(2048) of what it is drawn for, and rounding to
+    # bfloat16 moves it by less.
+    problem = problem._replace(shape=(128, 4, 4, 4))
+    found = {name: speed.arrays(problem, name) for name in speed.DATA}
+    for name, arrays in found.items():
+        x = np.asarray(arrays.x, np.float64)
+        axes = tuple(a for a in range(4) if a != problem.axis % 4)
+        assert arrays.x.dtype == problem.dtype
+        np.testing.assert_allclose(x.std(axes), 1, atol=0.11)
+        wanted = (np.zeros(4), np.ones(4)) if name == "fresh" else (x.mean(axes), x.var(axes))
+        # The mean and variance of float32 sums: some roundings of values up to 10 and 100.
+        np.testing.assert_allclose(arrays.mean, wanted[0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(arrays.var, wanted[1], rtol=1e-5)
+    np.testing.assert_allclose(found["standard"].mean, 0, atol=0.11)
+    np.testing.assert_allclose(found["far"].mean, 5, atol=0.11)
+    assert 0.3 < np.std(found["settled"].mean) < 3
+    np.testing.assert_array_equal(found["fresh"].x, found["settled"].x)
+
+
+def test_the_names_of_data():
+    assert speed.data_names("far,settled,far") == ("far", "settled")
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        speed.data_names("settled,near")
+    assert str(caught.value) == "near: the data are settled, standard, far, fresh"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -203,11 +244,18 @@ def test_kept_bytes_are_those_of_the_input_and_a_few_features():
 def test_speed_of_one_shape(monkeypatch, tmp_path):
     """Every contender is timed in every pass and reported. How long they took is not asserted."""
     monkeypatch.setattr(speed, "problems", lambda shapes: [("NHWC", PROBLEMS[2])])
-    data = speed.measure(Settings(quick=True))
-    assert len(data["cases"]) == len(data["summary"]) == 3 * len(MAKERS)
+    names = ("settled", "fresh")
+    data = speed.measure(Settings(quick=True, data=names))
+    assert len(data["cases"]) == len(data["summary"]) == 2 * 3 * len(MAKERS)
     assert all(one["seconds"] > 0 and one["ours_over_it"] > 0 for one in data["cases"])
     assert all(one["ours_over_it"] == 1 for one in data["cases"] if one["contender"] == "ours")
-    assert "| (32, 4) | float32 | NHWC |" in report.speed(data)
+    text = report.speed(data)
+    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("- ")] == [
+        f"- {name}" for name in names
+    ]
+    for name in names:
+        assert text.count(f"| {name} | (32, 4) | float32 | NHWC |") == 3
+        assert f"| training, forward | {name} | float32 | NHWC | 1 |" in text
     plots.speed(data, tmp_path / "speed.png")
 
 
@@ -220,7 +268,36 @@ def test_sections_that_count_and_train():
     data = training_step.measure(Settings(quick=True))
     (row,) = data["cases"]
     assert row["ours_over_flax"] > 0
-    assert "| float32 |" in report.training_step(data)
+    assert f"| {row['norms_off_zero']} of 3 |" in report.training_step(data)
+
+
+def test_the_images_are_photographs():
+    images = np.asarray(training_step.photographs((6, 16, 16, 3), seed=0))
+    assert images.shape == (6, 16, 16, 3)
+    pixels = (images * training_step.DEVIATION + training_step.MEAN) * 255
+    # Whole numbers from 0 to 255, but for rounding to float32.
+    np.testing.assert_allclose(pixels, pixels.round(), atol=1e-3)
+    assert pixels.min() > -0.5 and pixels.max() < 255.5
+    assert len(np.unique(images.reshape(6, -1), axis=0)) == 6
+    # Neighbours are alike, as they are not in noise.
+    assert np.abs(np.diff(images, axis=1)).mean() < 0.75 * np.abs(images - images.mean()).mean()
+
+
+def test_warmed_up_statistics_are_those_of_the_batches():
+    net = ResNet(NORMS["ours"], **(model := training_step.setup(True, on_cpu=True)[0]))
+    batch = training_step.photographs((4, 16, 16, 3), seed=0)
+    variables = jax.jit(net.init, static_argnums=2)(jax.random.key(0), batch, True)
+    warm = training_step.warmed_up(variables, [batch] * 8, "float32", **model)
+    jax.tree.map(np.testing.assert_array_equal, warm["params"], variables["params"])
+    still, _ = jax.jit(step(net))(warm, batch, jnp.zeros(4, int))
+    before, after = (jax.tree.leaves(v["batch_stats"]) for v in (warm, still))
+    fresh = jax.tree.leaves(variables["batch_stats"])
+    # Eight steps that halve the distance leave 2^-8 of it, and a step of Flax's moves by 1 % of it.
+    for first, second, start in zip(before, after, fresh, strict=True):
+        atol = 0.011 * 2.0**-8 * np.abs(start - first).max() + 1e-6 * np.abs(first).max()
+        np.testing.assert_allclose(first, second, rtol=0, atol=atol)
+    stats = {"a": {"mean": jnp.array([0.5, -3]), "var": jnp.array([1, 4])}}
+    assert training_step.off_zero({**stats, "b": {"c": {"mean": 1.0, "var": 4.0}}}) == [True, False]
 
 
 def test_recomputing_changes_what_is_kept_and_not_the_gradients():
@@ -240,16 +317,52 @@ def test_recomputing_changes_what_is_kept_and_not_the_gradients():
 
 def test_forms_of_one_thing_agree():
     x = 3 + jax.random.normal(jax.random.key(0), (4, 6, 6, 8))
-    zero = jnp.zeros(8)
-    sums = [form(x, zero) for name, form in forms.FORMS.items() if name.startswith("sums")]
-    layers = [form(x, zero) for name, form in forms.FORMS.items() if name.startswith("layer")]
-    assert len(sums) == 4 and len(layers) == 4
-    for found, wanted in [*((s, sums[0]) for s in sums), *((y, layers[-1]) for y in layers)]:
-        # 288 sums of the like in float32, and what E[x²] - E[x]² costs at three deviations.
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, wanted
-        )
-    assert report.forms(forms.measure(Settings(quick=True))).count("| layer in use |") == 2
+    shift = jnp.full((1, 1, 1, 8), 2.5)
+    long = np.asarray(x, np.longdouble)
+
+    def run(name: str, shift: jax.Array):
+        return forms.compiled(forms.FORMS[name], x, shift)(x, shift)
+
+    sums = [name for name in forms.FORMS if name.startswith("sums")]
+    moments = [name for name in forms.FORMS if name.startswith("moments")]
+    assert (len(sums), len(moments)) == (5, 3)
+    for name in sums:
+        deviation = long - (0 if "zero" in name else 2.5)
+        for found, terms in zip(run(name, shift), (deviation, deviation**2), strict=True):
+            wanted = terms.sum(forms.AXES, keepdims=True)
+            # 144 roundings of partial sums at most.
+            atol = 144 * 2.0**-24 * np.abs(terms).sum(forms.AXES).max()
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=atol)
+    for name in moments:
+        found = run(name, shift)
+        wanted = long.mean(forms.AXES, keepdims=True), long.var(forms.AXES, keepdims=True)
+        # The bound that the layer keeps on any data.
+        assert oracle.error(found.mean, wanted[0]) <= 1e-6
+        assert oracle.error(found.var, wanted[1]) <= 1e-6
+    text = report.forms(forms.measure(Settings(quick=True)))
+    for name in forms.FORMS:
+        assert text.count(f"| {name} |") == 2
+
+
+def test_forms_of_moments_differ_by_platform():
+    x, shift = jnp.ones((4, 6, 6, 8)), jnp.zeros((1, 1, 1, 8))
+    texts = {
+        name: str(forms.compiled(form, x, shift).as_text()) for name, form in forms.FORMS.items()
+    }
+    loops = {name for name, text in texts.items() if " while(" in text}
+    assert loops == {"moments in two readings, with the loop (in use on a CPU)"}
+
+
+def test_the_model_of_collectives():
+    # Four rounds among 16; each device lacks 15/16 of the table, which an all-gather brings, and an
+    # all-reduce is two of them.
+    assert scaling.all_gather_seconds(32.0, 16, latency=3.0, bandwidth=2.0) == 4 * 3 + 15
+    assert scaling.all_reduce_seconds(32.0, 16, latency=3.0, bandwidth=2.0) == 2 * (4 * 3 + 15)
+    assert scaling.step_seconds(16, latency=1.0, bandwidth=np.inf) == 3 * 4 * 53
+    forward, backward = scaling.forward_bytes(16, 26_560), scaling.backward_bytes(26_560)
+    assert scaling.step_seconds(16, latency=0.0, bandwidth=1.0) == pytest.approx(
+        (forward + 2 * backward) * 15 / 16
+    )
 
 
 def test_the_command(tmp_path, capsys):
@@ -259,7 +372,8 @@ def test_the_command(tmp_path, capsys):
     )
     assert list(results["sections"]) == ["memory", "accuracy"]
     errors = results["sections"]["accuracy"]["errors"]
-    assert len(errors) == 8
+    assert len(errors) == 9
+    assert results["sections"]["accuracy"]["shapes"]["N(1e7, 1), many values"] == [1_000_000, 2]
     for of_input in errors.values():
         assert list(of_input) == list(MAKERS)
         assert max(of_input["ours"].values()) <= 1e-6
