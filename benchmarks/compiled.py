@@ -124,7 +124,7 @@ def collectives_of_layers(
     """Return those of a number of layers for each number of features, and of all together."""
     devices = targets.devices("tpu", TOPOLOGIES[chips])
     each = []
-    for features, count in layers_of.items():
+    for features, count in sorted(layers_of.items()):
         program = programs.sharded_layer(name, features, dtype, under, devices)
         found = hlo.collectives(program.as_text() or "")
         each.append(

@@ -31,7 +31,7 @@ def _of_target(target: str, found: dict[str, Any]) -> list[str]:
     counted = {
         "gpu": "Bytes are those of the operands and results of all kernels; of an operand that a "
         "kernel only slices, those of the slice. The body of a loop would not be among them.",
-        "tpu": 'Bytes are XLA\'s own "bytes accessed", which counts a round of each loop.',
+
     }
     text = [
         f"### {TARGETS[target].title}",

@@ -45,7 +45,8 @@ class Target(NamedTuple):
     environment: Mapping[str, str]
 
 
-# JAX must not look for the device itself, and XLA must not try kernels out on it.
+# JAX must not look for the device itself, XLA must not try kernels out on it, and a process that
+# only compiles need not wait for another that does.
 TARGETS: Mapping[str, Target] = {
     "gpu": Target(
         "NVIDIA H100",
@@ -58,7 +59,11 @@ TARGETS: Mapping[str, Target] = {
         "TPU v5e",
         "libtpu",
         'pip install -e ".[compile-tpu]"',
-        {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
+        {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        },
     ),
 }
 
