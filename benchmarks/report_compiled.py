@@ -31,7 +31,9 @@ def _of_target(target: str, found: dict[str, Any]) -> list[str]:
     counted = {
         "gpu": "Bytes are those of the operands and results of all kernels; of an operand that a "
         "kernel only slices, those of the slice. The body of a loop would not be among them.",
-
+        "tpu": 'Bytes are XLA\'s own "bytes accessed", which counts a round of each loop, and '
+        "copies into and out of the chip's vector memory. What lies there is not among the "
+        "temporaries. So only ratios compare with those of a GPU.",
     }
     text = [
         f"### {TARGETS[target].title}",
