@@ -136,9 +136,9 @@ def batch_norm(
         return y.astype(call.dtype)
 
     @_recomputed
-    def normalize_by_batch(x, mask, scale, bias, shift):
+    def normalize_by_batch(x, mask, scale, bias, running_mean):
         wide = x.astype(scale.dtype)
-        batch = moments(wide, mask, shift, x.dtype, call.axes, *sharing)
+        batch = moments(wide, mask, running_mean, x.dtype, call.axes, *sharing)
         mean = lax.stop_gradient(batch.mean_high), batch.mean_low
         var = variance(batch, batch_variance)
         y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var + added)
@@ -150,25 +150,12 @@ def batch_norm(
     # Devices share the statistics that normalize or, of ghost batches, those that are tracked.
     alone = (None, None)
     sharing, averaging = (devices, alone) if call.ghosts is None else (alone, devices)
-    arguments = (call.x, call.mask, scale, bias, _known_shift(call.x.dtype, running))
+    arguments = (call.x, call.mask, scale, bias, None if running is None else running[0])
     y, batches = in_groups(normalize_by_batch, call.ghosts)(*arguments)
     if state is None:
         return y, state
     new_state = update(state, batches, momentum, running_variance, *averaging)
     return y, cast(StateT, lax.stop_gradient(new_state))
-
-
-def _known_shift(dtype: jnp.dtype, running: Sequence[jax.Array] | None) -> jax.Array | None:
-    """Return the running mean, which serves as the shift of inputs in half precision.
-
-    Sums about a shift that is r deviations from the mean lose r² 2^-24 of the variance. The
-    rounding of `x` itself moved its values by r 2^-9 of a deviation in bfloat16 and r 2^-12 in
-    float16, which is more for every r that values can have while they still differ (2^8 and 2^11).
-    """
-    if running is None or jnp.finfo(dtype).bits > 16:
-        return None
-    mean = lax.stop_gradient(running[0])
-    return jnp.where(jnp.isfinite(mean), mean, 0)
 
 
 def _normalize(x, narrow, mask, scale, bias, mean_high, mean_low, var):

@@ -1,12 +1,30 @@
 """The moments of several devices, from each one's."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._readings import Moments, total
+
+# Up to this many devices, each one gets the moments of all in one collective. Of more, these would
+# be so many bytes that two sums over the devices are cheaper; docs/scaling.md counts them.
+FEW_DEVICES = 64
+
+
+def across_devices(
+    own: Moments, axis_name: Hashable, axis_index_groups: Sequence[Sequence[int]] | None
+) -> Moments:
+    """Return the moments of the values of all devices, given those of each one's."""
+    if lax.psum(1, axis_name, axis_index_groups=axis_index_groups) <= FEW_DEVICES:
+        return merge(gather(own, axis_name, axis_index_groups))
+
+    def over_devices(*values: jax.Array) -> jax.Array:
+        row = jnp.stack(jnp.broadcast_arrays(*values))
+        return lax.psum(row, axis_name, axis_index_groups=axis_index_groups)
+
+    return merge_by_sums(own, over_devices)
 
 
 def merge(parts: Moments) -> Moments:
@@ -24,6 +42,22 @@ def merge(parts: Moments) -> Moments:
     # Weighted before it is squared, which would overflow where the mean of the squares does not.
     var = total(weight * parts.var + between * (weight * between), (0,))
     return Moments(*(value[0] for value in (n, mean_high, mean_low, var)))
+
+
+def merge_by_sums(own: Moments, over_devices: Callable[..., jax.Array]) -> Moments:
+    """Return the same by two sums over the devices, the second about the mean that is the first.
+
+    Where the devices' means are equal, this one is theirs but for a rounding of it.
+    """
+    # Scaled by a power of two, a sum of up to 2^40 values overflows only if their mean does.
+    unit = 2.0**-40
+    n, scaled = over_devices(own.n, own.mean * (own.n * unit))
+    weight = own.n / jnp.maximum(n, 1)
+    mean_high = scaled / (jnp.maximum(n, 1) * unit)
+    deviation = (own.mean_high - mean_high) + own.mean_low
+    weighted = weight * deviation
+    mean_low, square = over_devices(weighted, weight * own.var + deviation * weighted)
+    return Moments(n, mean_high, mean_low, jnp.maximum(square - jnp.square(mean_low), 0))
 
 
 def gather(

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxbn import _fusion
 
@@ -36,16 +38,19 @@ def of(platform: str) -> Iterator[None]:
 
 
 def jit(function: Callable[..., Any], platform: str) -> Callable[..., Any]:
-    """Return `function` compiled in the form of `platform`, once for each kind of arguments."""
+    """Return `function` compiled in the form of `platform`, once for each kind of arguments.
+
+    The results are NumPy arrays, which extended precision can be subtracted from.
+    """
     compiled = {}
 
     def run(*arguments: Any) -> Any:
-        arguments = jax.tree.map(jax.numpy.asarray, arguments)
+        arguments = jax.tree.map(jnp.asarray, arguments)
         leaves, structure = jax.tree.flatten(arguments)
         kind = structure, *((leaf.aval, leaf.sharding) for leaf in leaves)
         if kind not in compiled:
             with of(platform):
                 compiled[kind] = jax.jit(function).lower(*arguments).compile()
-        return compiled[kind](*arguments)
+        return jax.tree.map(np.asarray, compiled[kind](*arguments))
 
     return run

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from benchmarks import collectives as benchmark
 from benchmarks import scaling
+from tests import forms
 
 SHAPE = (16, 5, 6)
 
@@ -60,34 +61,52 @@ def test_shard_map_has_one_forward_and_one_backward(mesh, batch, check):
     """The backward one carries the gradients of the parameters too where the check sums them."""
     assert collectives(shard_mapped(forward, mesh, batch, check)) == ["all-gather"]
     both = shard_mapped(backward, mesh, batch, check, gradients=True)
-    assert sorted(collectives(both)) == ["all-gather", "all-reduce"]
+    assert collectives(both) == ["all-gather", "all-reduce"]
 
 
 def test_pmap_has_one_forward_and_one_backward(batch):
     params, state = jaxbn.init(SHAPE)
     split = [v.reshape(8, 2, *SHAPE[1:]) for v in batch]
     axes = (None, None, *[0] * len(batch))
-    for function, kinds in [(forward, ["all-gather"]), (backward, ["all-gather", "all-reduce"])]:
+    for function, found in [(forward, ["all-gather"]), (backward, ["all-gather", "all-reduce"])]:
         mapped = jax.pmap(function, axis_name="data", in_axes=axes)
-        assert sorted(collectives(mapped.lower(params, state, *split).compile())) == kinds
+        assert collectives(mapped.lower(params, state, *split).compile()) == found
 
 
-def test_jit_has_three_forward_and_one_backward_on_a_cpu(mesh, batch):
-    """One for the mean, one for the variance, and one for both in a loop that seldom runs.
-
-    Under a mask the compiler combines one pair less of those that the backward pass adds.
-    """
+def under_jit(function, mesh, batch, form):
+    """The collectives of a program whose batch is sharded, in the form of a platform."""
     sharded, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     params, state = jax.device_put(jaxbn.init(SHAPE), replicated)
-    is_masked = len(batch) > 1
     batch = jax.device_put(batch, sharded)
-    for function, count, out in [
-        (forward, 3, (sharded, replicated)),
-        (backward, 4 + is_masked, (sharded, replicated, (replicated, sharded))),
-    ]:
+    out = (sharded, replicated)
+    if function is backward:
+        out = (*out, (replicated, sharded))
+    with forms.of(form):
         jitted = jax.jit(function, static_argnames="axis_name", out_shardings=out)
-        compiled = jitted.lower(params, state, *batch, axis_name=None).compile()
-        assert collectives(compiled) == ["all-reduce"] * count
+        return collectives(jitted.lower(params, state, *batch, axis_name=None).compile())
+
+
+def test_jit_on_a_cpu_has_one_forward_and_one_that_rarely_runs(mesh, batch):
+    """The second is in the loop that reads the batch again; one more is of the backward pass."""
+    assert under_jit(forward, mesh, batch, "cpu") == ["all-reduce"] * 2
+    assert under_jit(backward, mesh, batch, "cpu") == ["all-reduce"] * 3
+
+
+def test_jit_on_a_tpu_has_three_forward_and_one_backward(mesh, batch):
+    """Two are of the shift: the sampled mean, and the deviation from it with its square.
+
+    The third is of the moments. Under a mask the count, which the shift needs, comes first.
+    """
+    count = 3 + (len(batch) > 1)
+    assert under_jit(forward, mesh, batch, "tpu") == ["all-reduce"] * count
+    assert under_jit(backward, mesh, batch, "tpu") == ["all-reduce"] * (count + 1)
+
+
+def test_jit_on_a_tpu_in_half_precision_has_one_forward_and_one_backward(mesh):
+    """The running mean is the shift, and every device has it."""
+    x = (jnp.ones(SHAPE, jnp.bfloat16),)
+    assert under_jit(forward, mesh, x, "tpu") == ["all-reduce"]
+    assert under_jit(backward, mesh, x, "tpu") == ["all-reduce"] * 2
 
 
 def test_evaluation_has_none(mesh, batch):

@@ -1,0 +1,99 @@
+"""Sums about any shift are good enough for inputs in half precision, whose own rounding is worse.
+
+Let a feature have deviation 1 and distance r from the shift. Float32 has the unit roundoff
+u = 2^-24. The square of a number in half precision has at most 22 bits, so float32 holds it
+exactly and only additions round. In a tree of log2(n) levels each addition rounds by up to u of a
+sum that is near r² times its number of terms. At random, the roundings of a path add up to
+sqrt(log2(n) / 3) u. The variance is the difference of E[d²] and E[d]², and the error of the mean
+counts twice in the latter. With n = 4096 this gives (2 + 2 · 2) u r². With some allowance for the
+largest of several features, the variance is wrong by c r² 2^-24, where c = 8, and y by half of it.
+
+The rounding of the input itself moves each value by up to r 2^-8 (bfloat16, 8 bits) or r 2^-11
+(float16, 11 bits). That is more than c r² 2^-25 for every r below 2^14 and 2^11: in bfloat16, for
+every r at which values can still differ (2^8), and in float16 for all but the last of them.
+"""
+
+from functools import cache
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+from tests import forms, oracle
+
+N, C = 4096, 8
+CONSTANT = 8
+# The bits that a number of each type has, so values at 2^bits deviations still differ.
+BITS = {"bfloat16": 8, "float16": 11}
+
+every_form = pytest.mark.parametrize("form", forms.FORMS)
+each_dtype = pytest.mark.parametrize("dtype", BITS)
+
+
+@cache
+def step_in(form, with_state=True):
+    def step(x, running_mean):
+        state = {"mean": running_mean, "var": jnp.ones(C)} if with_state else None
+        options = {"momentum": 0.0, "running_variance": "biased", "dtype": jnp.float32}
+        y, new = jaxbn.batch_norm({}, state, x, True, **options)
+        return y, new
+
+    return forms.jit(step, form)
+
+
+def rounded(distance, dtype):
+    """An input in float64, and in half precision, as such and as the float64 that it equals."""
+    x = distance + np.random.default_rng(distance).normal(size=(N, C))
+    half = jnp.asarray(x, dtype)
+    return x, half, np.asarray(half.astype(jnp.float32)).astype(float)
+
+
+def distances(dtype):
+    return [2**e for e in range(BITS[dtype])]
+
+
+@every_form
+@each_dtype
+@pytest.mark.parametrize("state", ["fresh", "warmed", "none"])
+def test_y_is_as_good_as_from_exact_statistics_of_the_rounded_input(dtype, form, state):
+    for distance in distances(dtype):
+        x, half, exact = rounded(distance, dtype)
+        truth = oracle.batch_norm(x, x).y
+        best = np.max(np.abs(oracle.batch_norm(exact, exact).y - truth))
+        mean = np.full(C, distance + 0.3 if state == "warmed" else 0, np.float32)
+        y, _ = step_in(form, state != "none")(half, mean)
+        error = np.max(np.abs(y - truth))
+        assert error <= best + np.max(np.abs(truth)) * CONSTANT * distance**2 * 2**-25, distance
+        assert error <= 2 * best, distance
+
+
+@every_form
+@each_dtype
+def test_the_variance_is_within_its_bound(dtype, form):
+    for distance in [*distances(dtype), 2 ** BITS[dtype]]:
+        _, half, exact = rounded(distance, dtype)
+        truth = oracle.batch_norm(exact, exact).var
+        _, new = step_in(form)(half, np.zeros(C, np.float32))
+        error = np.max(np.abs(new["var"] - truth))
+        assert error <= CONSTANT * (distance**2 + 1) * 2**-24, distance
+
+
+@every_form
+def test_without_a_state_or_with_a_good_one_the_variance_is_accurate(form):
+    _, half, exact = rounded(2**8, "float16")
+    truth = oracle.batch_norm(exact, exact)
+    _, new = step_in(form)(half, np.full(C, 2**8, np.float32))
+    assert oracle.error(new["var"], truth.var) <= 1e-6
+    y, _ = step_in(form, False)(half, np.zeros(C, np.float32))
+    assert oracle.error(y, truth.y) <= 1e-6
+
+
+@every_form
+@each_dtype
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_running_mean_that_is_not_finite_does_not_reach_y(dtype, form, value):
+    _, half, _ = rounded(4, dtype)
+    fresh = np.zeros(C, np.float32)
+    y, _ = step_in(form)(half, np.where(np.arange(C) == 2, value, fresh))
+    np.testing.assert_array_equal(y, step_in(form)(half, fresh)[0])
