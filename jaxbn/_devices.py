@@ -8,9 +8,9 @@ from jax import lax
 
 from jaxbn._readings import Moments, total
 
-# Up to this many devices, each one gets the moments of all in one collective. Of more, these would
-# be so many bytes that two sums over the devices are cheaper; docs/scaling.md counts them.
-FEW_DEVICES = 64
+# Up to this many devices, each one gets the moments of all in one collective. Beyond, the bytes of
+# that take longer than the latency of a second collective; docs/scaling.md has the model.
+FEW_DEVICES = 256
 
 
 def across_devices(

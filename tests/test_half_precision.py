@@ -97,3 +97,16 @@ def test_a_running_mean_that_is_not_finite_does_not_reach_y(dtype, form, value):
     fresh = np.zeros(C, np.float32)
     y, _ = step_in(form)(half, np.where(np.arange(C) == 2, value, fresh))
     np.testing.assert_array_equal(y, step_in(form)(half, fresh)[0])
+
+
+@every_form
+@each_dtype
+@pytest.mark.parametrize("state", ["fresh", "warming", "warmed", "none"])
+@pytest.mark.parametrize("shape", [(1,), (7,), (1000,), (4, 33, 17)])
+def test_constant_features_are_exactly_the_bias(dtype, form, state, shape):
+    """Whatever the shift is: values of half precision are far apart beside the roundings of sums."""
+    values = [0.0, 1 / 3, -3.3, 1e-3, 1000.0, 60000.0, 0.999, -1e-7]
+    x = jnp.broadcast_to(jnp.asarray(values, dtype), (*shape, C))
+    share = {"fresh": 0, "warming": 0.271, "warmed": 1 - 1e-6, "none": 0}[state]
+    y, _ = step_in(form, state != "none")(x, np.asarray(values, np.float32) * np.float32(share))
+    np.testing.assert_array_equal(y, 0)
