@@ -16,6 +16,7 @@ from tests.hard_inputs import (
     ARRANGEMENTS,
     CONSTANTS,
     INPUTS,
+    NORMAL,
     SAMPLED,
     C,
     N,
@@ -34,6 +35,14 @@ def test_hard_inputs(name, form):
         truth = oracle.batch_norm(x, DY, SCALE, BIAS)
         for layout in LAYOUTS:
             assert_accurate(run(form, layout, x), truth, form, layout, arrangement)
+
+
+@every_form
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_deviations_beyond_the_promise(layout, form):
+    """Their squares are still in the range of float32, and products of gradients just so."""
+    x = (NORMAL * 1e17).astype(np.float32)
+    assert_accurate(run(form, layout, x), oracle.batch_norm(x, DY, SCALE, BIAS), form)
 
 
 @every_form

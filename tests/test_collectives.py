@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from benchmarks import collectives as benchmark
 from benchmarks import scaling
+from jaxbn import _devices
 from tests import forms
 
 SHAPE = (16, 5, 6)
@@ -62,6 +63,18 @@ def test_shard_map_has_one_forward_and_one_backward(mesh, batch, check):
     assert collectives(shard_mapped(forward, mesh, batch, check)) == ["all-gather"]
     both = shard_mapped(backward, mesh, batch, check, gradients=True)
     assert collectives(both) == ["all-gather", "all-reduce"]
+
+
+def test_many_devices_have_two_sums_forward_and_one_backward(mesh, batch, monkeypatch):
+    """Their bytes do not grow with the number of devices."""
+    monkeypatch.setattr(_devices, "FEW_DEVICES", 7)
+    # Another number of devices is another program, but this test's devices are as many as before.
+    jax.clear_caches()
+    mapped = shard_mapped(forward, mesh, batch, True)
+    assert collectives(mapped) == ["all-reduce"] * 2
+    both = shard_mapped(backward, mesh, batch, True, gradients=True)
+    assert collectives(both) == ["all-reduce"] * 3
+    jax.clear_caches()
 
 
 def test_pmap_has_one_forward_and_one_backward(batch):
