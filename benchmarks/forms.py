@@ -40,6 +40,14 @@ def sums_apart(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     return sum_, total(jnp.square(own_x - own_shift))
 
 
+def sums_of_examples(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    own_x, own_shift = _fusion.apart(x.dtype, wide(x), shift)
+    of_examples = jnp.sum(own_x, AXES[1:], keepdims=True) - own_shift * (x.shape[1] * x.shape[2])
+    sum_ = jnp.sum(of_examples, 0, keepdims=True)
+    own_x, own_shift, _ = _fusion.apart(x.dtype, wide(x), shift, sum_)
+    return sum_, total(jnp.square(own_x - own_shift))
+
+
 def sum_of_pairs(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     deviation = wide(x) - shift
     pair = total(lax.complex(deviation, jnp.square(deviation)))
@@ -72,7 +80,8 @@ def moments_of(platform: str, shift: jax.Array | None, x: jax.Array) -> Moments:
 FORMS: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
     "sums about zero": lambda x, s: sums(x, jnp.zeros_like(s)),
     "sums about a shift, as they stand": sums,
-    "sums about a shift, apart (in use on a CPU)": sums_apart,
+    "sums about a shift, apart (in use in the loop of a CPU)": sums_apart,
+    "sums of examples, then about a shift, apart (in use on a CPU)": sums_of_examples,
     "sums about a shift, of a complex pair": sum_of_pairs,
     "sums about a shift, a variadic reduce": reduction_of_two,
     "moments in one reading, about a known shift (in use in half precision)": lambda x, s: (
@@ -82,7 +91,7 @@ FORMS: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
         "default", None, x
     ),
     "moments in two readings, with the loop (in use on a CPU)": lambda x, s: moments_of(
-        "cpu", None, x
+        "cpu", s, x
     ),
 }
 

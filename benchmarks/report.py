@@ -183,8 +183,9 @@ def forms(data: dict[str, Any]) -> str:
         for one in data["cases"]
     ]
     return (
-        f"## Forms\n\nOf the sums over a batch {_shape(data['shape'])} and of its moments. A form "
-        "of the library for another platform is compiled for this one.\n\n"
+        f"## Forms\n\nOf the sums over a batch {_shape(data['shape'])} and of its moments; the "
+        "means of its features are drawn from N(0, 1), deviation 1. A form of the library for "
+        "another platform is compiled for this one.\n\n"
     ) + table(["type", "form", "time", "over a copy's", "temporaries per input byte"], rows)
 
 
@@ -204,7 +205,7 @@ def recompute(data: dict[str, Any]) -> str:
     return (
         f"## Recomputing\n\nForward and backward through {data['blocks']} blocks of 1 x 1 "
         f"convolution, batch norm and relu, {_shape(data['shape'])}, by what `jax.checkpoint` "
-        "wraps and keeps.\n\n"
+        "wraps and keeps. The input is N(0, 1).\n\n"
     ) + table(
         ["type", "kept of each block", "temporaries", "over all's", "time", "over all's"],
         map(row, data["cases"]),

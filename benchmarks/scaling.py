@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from benchmarks.collectives import of_batch_norm
 from benchmarks.timing import turn_by_turn
+from jaxbn._devices import FEW_DEVICES
 
 # The features of ResNet-50's 53 batch norms (He et al., 2015, table 1): the stem, then in each
 # stage the projection of the first block and the three layers of every block.
@@ -28,13 +29,25 @@ RESNET50 = [64] + [
     for features in [wide, *[narrow, narrow, wide] * blocks]
 ]
 
+Seconds = Callable[[int, int, float, float], float]
 DEVICES = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 GROUPS = [16, 64]
 
 
-def forward_bytes(devices: int, features: int) -> int:
+def table_bytes(devices: int, features: int) -> int:
     """Return the bytes of every device's count, mean (two numbers) and variance, in float32."""
     return 4 * 4 * devices * features
+
+
+def sums_bytes(features: int) -> int:
+    """Return the bytes of count and mean, and those of what is added to the mean and variance."""
+    return 2 * 2 * 4 * features
+
+
+def forward_bytes(devices: int, features: int) -> int:
+    """Return the bytes that a device has after the collectives forward, of either form."""
+    is_table = devices <= FEW_DEVICES
+    return table_bytes(devices, features) if is_table else sums_bytes(features)
 
 
 def backward_bytes(features: int) -> int:
@@ -59,10 +72,29 @@ def all_reduce_seconds(bytes_: float, devices: int, latency: float, bandwidth: f
     return 2 * all_gather_seconds(bytes_, devices, latency, bandwidth)
 
 
-def step_seconds(devices: int, latency: float, bandwidth: float) -> float:
+def by_table_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
+    """Return the time of the all-gather by which every device has the moments of each."""
+    return all_gather_seconds(table_bytes(devices, features), devices, latency, bandwidth)
+
+
+def by_sums_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
+    """Return the time of two all-reduces, of the mean and then of what is about it."""
+    half = sums_bytes(features) / 2
+    return 2 * all_reduce_seconds(half, devices, latency, bandwidth)
+
+
+def forward_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
+    """Return the time of the form that the library takes for this number of devices."""
+    seconds = by_table_seconds if devices <= FEW_DEVICES else by_sums_seconds
+    return seconds(devices, features, latency, bandwidth)
+
+
+def step_seconds(
+    devices: int, latency: float, bandwidth: float, forward: Seconds = forward_seconds
+) -> float:
     """Return the seconds that a step of ResNet-50 waits for its batch norms."""
     return sum(
-        all_gather_seconds(forward_bytes(devices, features), devices, latency, bandwidth)
+        forward(devices, features, latency, bandwidth)
         + all_reduce_seconds(backward_bytes(features), devices, latency, bandwidth)
         for features in RESNET50
     )
@@ -130,14 +162,17 @@ def print_modelled(latency: float, bandwidth: float) -> None:
         f"\nModelled for ResNet-50 ({len(RESNET50)} layers, {total:,} features), a latency of "
         f"{1e6 * latency:g} µs a round, {bandwidth / 1e9:g} GB/s a device:\n"
     )
-    head = " | ".join(f"groups of {g}" for g in GROUPS)
-    print(f"| devices | bytes forward | all together | {head} |")
-    print("|---" * (3 + len(GROUPS)) + "|")
+    groups = " | ".join(f"groups of {g}" for g in GROUPS)
+    print(f"| devices | bytes forward | by a table | by two sums | as built | {groups} |")
+    print("|---" * (5 + len(GROUPS)) + "|")
     for devices in DEVICES:
-        mb = forward_bytes(devices, total) / 1e6
-        groups = [min(devices, g) for g in GROUPS]
-        cells = [f"{1e3 * step_seconds(d, latency, bandwidth):.1f} ms" for d in (devices, *groups)]
-        print(f"| {devices} | {mb:,.0f} MB | {' | '.join(cells)} |")
+        forms = [
+            step_seconds(devices, latency, bandwidth, form)
+            for form in (by_table_seconds, by_sums_seconds, forward_seconds)
+        ]
+        groups = [step_seconds(min(devices, g), latency, bandwidth) for g in GROUPS]
+        cells = " | ".join(f"{1e3 * seconds:.1f} ms" for seconds in forms + groups)
+        print(f"| {devices} | {forward_bytes(devices, total) / 1e6:,.1f} MB | {cells} |")
 
 
 def plot(path: Path, latency: float, bandwidth: float) -> None:
@@ -147,8 +182,10 @@ def plot(path: Path, latency: float, bandwidth: float) -> None:
     for group in GROUPS:
         grouped = [1e3 * step_seconds(min(d, group), latency, bandwidth) for d in DEVICES]
         axes.plot(DEVICES, grouped, "o-", label=f"groups of {group}")
-    rounds = [1e3 * 3 * len(RESNET50) * latency * np.log2(d) for d in DEVICES]
-    axes.plot(DEVICES, rounds, ":", color="gray", label="latency alone, all devices")
+    by_table = [1e3 * step_seconds(d, latency, bandwidth, by_table_seconds) for d in DEVICES]
+    axes.plot(DEVICES, by_table, "--", color="gray", label="all devices, by a table", zorder=0)
+    rounds = [1e3 * step_seconds(d, latency, np.inf) for d in DEVICES]
+    axes.plot(DEVICES, rounds, ":", color="gray", label="all devices, latency alone")
     axes.set(
         xscale="log",
         ylim=(0, None),

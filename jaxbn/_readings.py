@@ -162,7 +162,9 @@ def _at_constant(batch: Moments, narrow: DTypeLike) -> Moments:
     """
     mean = batch.mean_high + batch.mean_low
     nearest = mean.astype(narrow).astype(mean.dtype)
-    is_close = jnp.abs(mean - nearest) <= 2.0**-20 * jnp.maximum(jnp.abs(batch.mean_low), jnp.abs(mean))
+    is_close = jnp.abs(mean - nearest) <= 2.0**-20 * jnp.maximum(
+        jnp.abs(batch.mean_low), jnp.abs(mean)
+    )
     high = jnp.where(is_close, nearest, batch.mean_high)
     return batch._replace(mean_high=high, mean_low=jnp.where(is_close, 0, batch.mean_low))
 

@@ -136,6 +136,14 @@ def test_the_bytes_that_the_model_of_scaling_assumes(devices):
     assert [c.bytes for c in backward] == [scaling.backward_bytes(64)]
 
 
+def test_the_bytes_that_the_model_of_scaling_assumes_of_many_devices(monkeypatch):
+    monkeypatch.setattr(_devices, "FEW_DEVICES", 7)
+    jax.clear_caches()
+    forward, _ = benchmark.of_batch_norm(8, 64)
+    jax.clear_caches()
+    assert sum(c.bytes for c in forward) == scaling.forward_bytes(2**20, 64)
+
+
 def test_the_count_sees_a_collective(mesh):
     def total(x):
         return jax.lax.psum(x, "data")

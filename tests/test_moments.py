@@ -229,5 +229,7 @@ def test_a_cpu_reads_again_only_what_is_inaccurate(
         monkeypatch.undo()
     assert len(shifts) == again
     exact = np.asarray(x).astype(float)
-    np.testing.assert_allclose(mean_of(batch), exact.mean(), rtol=0, atol=1e-6 * max(deviation, 1e-30))
+    np.testing.assert_allclose(
+        mean_of(batch), exact.mean(), rtol=0, atol=1e-6 * max(deviation, 1e-30)
+    )
     np.testing.assert_allclose(batch.var.ravel(), exact.var(), rtol=1e-6, atol=1e-30)
