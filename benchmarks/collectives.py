@@ -28,11 +28,13 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     return hlo.collectives(compiled.as_text() or "")
 
 
-def of_batch_norm(devices: int, features: int) -> tuple[list[Collective], list[Collective]]:
+def of_batch_norm(
+    devices: int, features: int, dtype: str = "float32"
+) -> tuple[list[Collective], list[Collective]]:
     """Those of one layer's forward pass, and those that its backward pass adds, in `shard_map`."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     params, state = jaxbn.init((2, features))
-    x = jnp.ones((2 * devices, features))
+    x = jnp.ones((2 * devices, features), dtype)
 
     def forward(params, x):
         return jaxbn.batch_norm(params, state, x, True, axis_name="data")

@@ -34,17 +34,17 @@ def sums(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sums_apart(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-    own_x, own_shift = _fusion.apart(x.dtype, wide(x), shift)
+    own_x, own_shift = _fusion.own_reading(x.dtype, wide(x), shift)
     sum_ = total(own_x - own_shift)
-    own_x, own_shift, _ = _fusion.apart(x.dtype, wide(x), shift, sum_)
+    own_x, own_shift, _ = _fusion.own_reading(x.dtype, wide(x), shift, sum_)
     return sum_, total(jnp.square(own_x - own_shift))
 
 
 def sums_of_examples(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-    own_x, own_shift = _fusion.apart(x.dtype, wide(x), shift)
+    own_x, own_shift = _fusion.own_reading(x.dtype, wide(x), shift)
     of_examples = jnp.sum(own_x, AXES[1:], keepdims=True) - own_shift * (x.shape[1] * x.shape[2])
     sum_ = jnp.sum(of_examples, 0, keepdims=True)
-    own_x, own_shift, _ = _fusion.apart(x.dtype, wide(x), shift, sum_)
+    own_x, own_shift, _ = _fusion.own_reading(x.dtype, wide(x), shift, sum_)
     return sum_, total(jnp.square(own_x - own_shift))
 
 

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from benchmarks.collectives import of_batch_norm
 from benchmarks.timing import turn_by_turn
-from jaxbn._devices import FEW_DEVICES
 
 # The features of ResNet-50's 53 batch norms (He et al., 2015, table 1): the stem, then in each
 # stage the projection of the first block and the three layers of every block.
@@ -40,14 +39,8 @@ def table_bytes(devices: int, features: int) -> int:
 
 
 def sums_bytes(features: int) -> int:
-    """Return the bytes of count and mean, and those of what is added to the mean and variance."""
-    return 2 * 2 * 4 * features
-
-
-def forward_bytes(devices: int, features: int) -> int:
-    """Return the bytes that a device has after the collectives forward, of either form."""
-    is_table = devices <= FEW_DEVICES
-    return table_bytes(devices, features) if is_table else sums_bytes(features)
+    """Return the bytes of the count and the sums of the values and of their squares, in float32."""
+    return 3 * 4 * features
 
 
 def backward_bytes(features: int) -> int:
@@ -72,26 +65,17 @@ def all_reduce_seconds(bytes_: float, devices: int, latency: float, bandwidth: f
     return 2 * all_gather_seconds(bytes_, devices, latency, bandwidth)
 
 
-def by_table_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
-    """Return the time of the all-gather by which every device has the moments of each."""
+def table_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
+    """Return the time forward of float32: an all-gather of the moments of every device."""
     return all_gather_seconds(table_bytes(devices, features), devices, latency, bandwidth)
 
 
-def by_sums_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
-    """Return the time of two all-reduces, of the mean and then of what is about it."""
-    half = sums_bytes(features) / 2
-    return 2 * all_reduce_seconds(half, devices, latency, bandwidth)
+def sums_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
+    """Return the time forward of half precision: an all-reduce of sums about zero."""
+    return all_reduce_seconds(sums_bytes(features), devices, latency, bandwidth)
 
 
-def forward_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
-    """Return the time of the form that the library takes for this number of devices."""
-    seconds = by_table_seconds if devices <= FEW_DEVICES else by_sums_seconds
-    return seconds(devices, features, latency, bandwidth)
-
-
-def step_seconds(
-    devices: int, latency: float, bandwidth: float, forward: Seconds = forward_seconds
-) -> float:
+def step_seconds(devices: int, latency: float, bandwidth: float, forward: Seconds) -> float:
     """Return the seconds that a step of ResNet-50 waits for its batch norms."""
     return sum(
         forward(devices, features, latency, bandwidth)
@@ -101,12 +85,13 @@ def step_seconds(
 
 
 def print_counted() -> None:
-    print("Counted in the compiled program, 64 features, float32:\n")
-    print("| devices | forward | bytes | backward | bytes |\n|---|---|---|---|---|")
+    print("Counted in the compiled program, 64 features:\n")
+    print("| devices | type | forward | bytes | backward | bytes |\n|---|---|---|---|---|---|")
     for devices in (2, 4, 8):
-        forward, backward = of_batch_norm(devices, 64)
-        cells = [f"{len(c)} | {sum(one.bytes for one in c):,}" for c in (forward, backward)]
-        print(f"| {devices} | {' | '.join(cells)} |")
+        for dtype in ("float32", "bfloat16"):
+            forward, backward = of_batch_norm(devices, 64, dtype)
+            cells = [f"{len(c)} | {sum(one.bytes for one in c):,}" for c in (forward, backward)]
+            print(f"| {devices} | {dtype} | {' | '.join(cells)} |")
 
 
 def medians(
@@ -162,30 +147,30 @@ def print_modelled(latency: float, bandwidth: float) -> None:
         f"\nModelled for ResNet-50 ({len(RESNET50)} layers, {total:,} features), a latency of "
         f"{1e6 * latency:g} µs a round, {bandwidth / 1e9:g} GB/s a device:\n"
     )
-    groups = " | ".join(f"groups of {g}" for g in GROUPS)
-    print(f"| devices | bytes forward | by a table | by two sums | as built | {groups} |")
-    print("|---" * (5 + len(GROUPS)) + "|")
+    groups = " | ".join(f"float32, groups of {g}" for g in GROUPS)
+    print(f"| devices | float32: bytes forward | float32 | {groups} | half precision |")
+    print("|---" * (4 + len(GROUPS)) + "|")
     for devices in DEVICES:
-        forms = [
-            step_seconds(devices, latency, bandwidth, form)
-            for form in (by_table_seconds, by_sums_seconds, forward_seconds)
+        seconds = [
+            step_seconds(min(devices, group), latency, bandwidth, table_seconds)
+            for group in (devices, *GROUPS)
         ]
-        groups = [step_seconds(min(devices, g), latency, bandwidth) for g in GROUPS]
-        cells = " | ".join(f"{1e3 * seconds:.1f} ms" for seconds in forms + groups)
-        print(f"| {devices} | {forward_bytes(devices, total) / 1e6:,.1f} MB | {cells} |")
+        seconds.append(step_seconds(devices, latency, bandwidth, sums_seconds))
+        cells = " | ".join(f"{1e3 * one:.1f} ms" for one in seconds)
+        print(f"| {devices} | {table_bytes(devices, total) / 1e6:,.0f} MB | {cells} |")
 
 
 def plot(path: Path, latency: float, bandwidth: float) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    together = [1e3 * step_seconds(d, latency, bandwidth) for d in DEVICES]
-    axes.plot(DEVICES, together, "o-", label="all devices together")
+
+    def line(label: str, style: str, forward: Seconds, group: int = max(DEVICES), **given) -> None:
+        times = [1e3 * step_seconds(min(d, group), latency, bandwidth, forward) for d in DEVICES]
+        axes.plot(DEVICES, times, style, label=label, **given)
+
+    line("float32, all devices together", "o-", table_seconds)
     for group in GROUPS:
-        grouped = [1e3 * step_seconds(min(d, group), latency, bandwidth) for d in DEVICES]
-        axes.plot(DEVICES, grouped, "o-", label=f"groups of {group}")
-    by_table = [1e3 * step_seconds(d, latency, bandwidth, by_table_seconds) for d in DEVICES]
-    axes.plot(DEVICES, by_table, "--", color="gray", label="all devices, by a table", zorder=0)
-    rounds = [1e3 * step_seconds(d, latency, np.inf) for d in DEVICES]
-    axes.plot(DEVICES, rounds, ":", color="gray", label="all devices, latency alone")
+        line(f"float32, groups of {group}", "o-", table_seconds, group)
+    line("half precision, all devices together", "s--", sums_seconds)
     axes.set(
         xscale="log",
         ylim=(0, None),

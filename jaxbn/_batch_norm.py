@@ -19,7 +19,7 @@ from jaxbn._running import Estimator, State, update, variance
 Params = Mapping[str, jax.Array]
 # The backward pass needs x, in the dtype that it came in, and the moments. The rest is arithmetic
 # on single values, which costs less to repeat than to keep.
-_recomputed = partial(
+_keep_only_moments = partial(
     jax.checkpoint,
     policy=jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME),
     prevent_cse=False,
@@ -70,14 +70,14 @@ def batch_norm(
         scalar of at least 32 bits). None means that none is kept: the batch's own statistics are
         used in both modes.
       x: the input, of any floating dtype but float8_e8m0fnu (which has no zero) and float6, with
-        features on `axis`. In float32 a feature may deviate by up to 1e16 from its mean, which its
-        square does not overflow.
+        features on `axis`. A feature may deviate by up to 1e16 from its mean in float32, and from
+        zero in half precision, so that squares do not overflow.
       train: whether to use, and to track, the batch's statistics; a Python bool.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
-        weighs all batches so far alike, and needs `count` in the state. It counts a batch once, for
-        all features and both statistics, so a `mask` must then have size 1 along the features, and
-        `running_variance` must be "biased".
+        weights all batches so far equally, and needs `count` in the state. It counts a batch once,
+        for all features and both statistics, so a `mask` must then have size 1 along the features,
+        and `running_variance` must be "biased".
       epsilon: what is added to the variance, in units of `x` squared; a number that is finite in
         the dtype of the statistics.
       batch_variance: the estimator that normalizes, "biased" (divided by n) or "unbiased" (n - 1).
@@ -88,14 +88,14 @@ def batch_norm(
         does, and the axis must be bound.
       axis_index_groups: groups of indices of `axis_name` that share statistics, all of one size;
         by default all do. JAX has them in `pmap` and in `shard_map` with `check_vma=False` only.
-      mask: booleans that broadcast against `x`, True where a value counts. What lies under False
-        touches nothing; the output there is `bias`. A batch without a value that counts leaves the
-        state as it is.
+      mask: booleans that broadcast against `x`, True where a value counts. Masked-out values affect
+        nothing; the output there is `bias`. A batch without a value that counts leaves the state
+        unchanged.
       dtype: the dtype of `y`, by default that of `x`.
-      virtual_batch_size: normalizes groups of so many examples, those next to one another on the
-        first axis that is not a feature's, by statistics of their own (ghost batches). The state
-        moves towards the mean of the groups' statistics, over the devices of `axis_name` too,
-        which then share nothing else.
+      virtual_batch_size: normalizes each group of this many consecutive examples, along the first
+        non-feature axis, with that group's own statistics (ghost batches). The state moves towards
+        the mean of the groups' statistics, over the devices of `axis_name` too, which then share
+        nothing else.
 
     Returns:
       `y`, of the shape of `x`, and the new state, of the shapes of the old. Statistics are computed
@@ -127,29 +127,29 @@ def batch_norm(
     scale = call.feature(params.get("scale", 1))
     bias = call.feature(params.get("bias", 0))
     running = None if state is None else [call.feature(state[key]) for key in ("mean", "var")]
-    added = jnp.asarray(epsilon, scale.dtype)
+    epsilon = jnp.asarray(epsilon, scale.dtype)
+    # Devices share the statistics that normalize or, of ghost batches, those that are tracked.
+    no_devices = (None, None)
+    sharing, averaging = (devices, no_devices) if call.ghosts is None else (no_devices, devices)
 
-    @_recomputed
+    @_keep_only_moments
     def normalize_by_running(x, mask, scale, bias, mean, var):
         wide = x.astype(scale.dtype)
-        y = _normalize(wide, x.dtype, mask, scale, bias, mean, jnp.zeros_like(mean), var + added)
+        y = _normalize(wide, x.dtype, mask, scale, bias, mean, jnp.zeros_like(mean), var + epsilon)
         return y.astype(call.dtype)
 
-    @_recomputed
+    @_keep_only_moments
     def normalize_by_batch(x, mask, scale, bias, running_mean):
         wide = x.astype(scale.dtype)
         batch = moments(wide, mask, running_mean, x.dtype, call.axes, *sharing)
         mean = lax.stop_gradient(batch.mean_high), batch.mean_low
         var = variance(batch, batch_variance)
-        y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var + added)
+        y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var + epsilon)
         return y.astype(call.dtype), batch
 
     if running is not None and not call.train:
         return normalize_by_running(call.x, call.mask, scale, bias, *running), state
 
-    # Devices share the statistics that normalize or, of ghost batches, those that are tracked.
-    alone = (None, None)
-    sharing, averaging = (devices, alone) if call.ghosts is None else (alone, devices)
     arguments = (call.x, call.mask, scale, bias, None if running is None else running[0])
     y, batches = in_groups(normalize_by_batch, call.ghosts)(*arguments)
     if state is None:
@@ -158,7 +158,7 @@ def batch_norm(
     return y, cast(StateT, lax.stop_gradient(new_state))
 
 
-def _normalize(x, narrow, mask, scale, bias, mean_high, mean_low, var):
+def _normalize(x, input_dtype, mask, scale, bias, mean_high, mean_low, var):
     """Return `scale (x - mean) / sqrt(var) + bias`, and `bias` where the mask is false.
 
     What is constant within a feature is computed once, so that the derivative takes two sums.
@@ -166,20 +166,6 @@ def _normalize(x, narrow, mask, scale, bias, mean_high, mean_low, var):
     slope = scale / jnp.sqrt(var)
     offset = bias - mean_low * slope
     if mask is None:
-        return _line(narrow, x, mean_high, slope, offset)
+        return _fusion.line(input_dtype, x, mean_high, slope, offset)
     x = jnp.where(mask, x, mean_high)
-    return jnp.where(mask, _line(x.dtype, x, mean_high, slope, offset), bias)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _line(narrow, x, shift, slope, offset):
-    return (x - shift) * slope + offset
-
-
-@_line.defjvp
-def _line_jvp(narrow, primals, tangents):
-    """The product rule, with the sums of its transpose taken as `_fusion` knows best."""
-    x, shift, slope, _ = primals
-    dx, dshift, dslope, doffset = tangents
-    own = _fusion.line(narrow, x, shift, dslope, doffset)
-    return _line(narrow, *primals), (dx - dshift) * slope + own
+    return jnp.where(mask, _fusion.line(x.dtype, x, mean_high, slope, offset), bias)

@@ -1,30 +1,29 @@
 """The moments of several devices, from each one's."""
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from jaxbn._readings import Moments, total
-
-# Up to this many devices, each one gets the moments of all in one collective. Beyond, the bytes of
-# that take longer than the latency of a second collective; docs/scaling.md has the model.
-FEW_DEVICES = 256
+from jaxbn._half_precision import exact_if_constant, is_half
+from jaxbn._readings import Moments, shifted_moments, total
 
 
 def across_devices(
-    own: Moments, axis_name: Hashable, axis_index_groups: Sequence[Sequence[int]] | None
+    own: Moments,
+    input_dtype: DTypeLike,
+    axis_name: Hashable | Sequence[Hashable],
+    axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> Moments:
     """Return the moments of the values of all devices, given those of each one's."""
-    if lax.psum(1, axis_name, axis_index_groups=axis_index_groups) <= FEW_DEVICES:
-        return merge(gather(own, axis_name, axis_index_groups))
-
-    def over_devices(*values: jax.Array) -> jax.Array:
-        row = jnp.stack(jnp.broadcast_arrays(*values))
-        return lax.psum(row, axis_name, axis_index_groups=axis_index_groups)
-
-    return merge_by_sums(own, over_devices)
+    names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
+    if is_half(input_dtype):
+        sum_over_devices = partial(lax.psum, axis_name=names, axis_index_groups=axis_index_groups)
+        return merge_about_zero(own, input_dtype, sum_over_devices)
+    return merge(gather(own, names, axis_index_groups))
 
 
 def merge(parts: Moments) -> Moments:
@@ -44,36 +43,40 @@ def merge(parts: Moments) -> Moments:
     return Moments(*(value[0] for value in (n, mean_high, mean_low, var)))
 
 
-def merge_by_sums(own: Moments, over_devices: Callable[..., jax.Array]) -> Moments:
-    """Return the same by two sums over the devices, the second about the mean that is the first.
-
-    Where the devices' means are equal, this one is theirs but for a rounding of it.
-    """
-    # Scaled by a power of two, a sum of up to 2^40 values overflows only if their mean does.
-    unit = 2.0**-40
-    n, scaled = over_devices(own.n, own.mean * (own.n * unit))
-    weight = own.n / jnp.maximum(n, 1)
-    mean_high = scaled / (jnp.maximum(n, 1) * unit)
-    deviation = (own.mean_high - mean_high) + own.mean_low
-    weighted = weight * deviation
-    mean_low, square = over_devices(weighted, weight * own.var + deviation * weighted)
-    return Moments(n, mean_high, mean_low, jnp.maximum(square - jnp.square(mean_low), 0))
+def merge_about_zero(
+    own: Moments, input_dtype: DTypeLike, sum_over_devices: Callable[[jax.Array], jax.Array]
+) -> Moments:
+    """Return the same for inputs in half precision, by one sum over the devices."""
+    # In units of 2^20 values, sums overflow no earlier than the square of a deviation of 1e16.
+    share = own.n * 2.0**-20
+    row = own.n, share * own.mean, share * (own.var + jnp.square(own.mean))
+    n, mean, square = sum_over_devices(jnp.stack(jnp.broadcast_arrays(*row)))
+    size = jnp.maximum(n, 1) * 2.0**-20
+    batch = shifted_moments(n, jnp.zeros_like(n), mean / size, square / size)
+    return exact_if_constant(batch, input_dtype)
 
 
 def gather(
-    own: Moments, axis_name: Hashable, axis_index_groups: Sequence[Sequence[int]] | None
+    own: Moments, names: tuple[Hashable, ...], axis_index_groups: Sequence[Sequence[int]] | None
 ) -> Moments:
-    """Return every device's moments, stacked on a new first axis, in one collective."""
+    """Return every device's moments, stacked on a new first axis.
+
+    This is one collective, or one for each name where `vmap` has bound one of several.
+    """
     row = jnp.stack(jnp.broadcast_arrays(*own))
     # Where `shard_map` checks, this makes the row vary over the devices, even if `x` does not; the
     # table is then known to be the same on all of them.
-    row = row + 0 * lax.axis_index(axis_name).astype(row.dtype)
-    names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
-    is_checked = set(names) <= jax.typeof(row).manual_axis_type.varying
-    table = lax.all_gather(
-        row,
-        axis_name,
-        axis_index_groups=axis_index_groups,
-        to="invarying" if is_checked else "varying",
-    )
+    row = row + 0 * lax.axis_index(names).astype(row.dtype)
+    varying = jax.typeof(row).manual_axis_type.varying
+    manual = tuple(name for name in names if name in jax.sharding.get_abstract_mesh().manual_axes)
+    table = row[None]
+    for some in [manual, *((name,) for name in names if name not in manual)]:
+        if some:
+            table = lax.all_gather(
+                table,
+                some,
+                axis_index_groups=axis_index_groups,
+                tiled=True,
+                to="invarying" if set(some) <= varying else "varying",
+            )
     return Moments(*jnp.moveaxis(table, 1, 0))

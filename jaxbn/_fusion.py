@@ -1,6 +1,6 @@
-"""What single compilers need so that they read a batch no more often than they must.
+"""Workarounds for single compilers, so that each reads a batch as rarely as possible.
 
-This is the only module that knows of platforms. docs/performance.md counts what each form is for.
+Only this module knows of platforms. docs/performance.md counts what each form is for.
 """
 
 from collections.abc import Callable
@@ -19,32 +19,50 @@ def by_platform(*arguments: jax.Array, **forms: Callable[..., Any]) -> Any:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def apart(narrow: DTypeLike, x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+def own_reading(input_dtype: DTypeLike, x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
     """Return `x` and `others`, so that on a CPU a sum over them reads `x` by itself.
 
     XLA for CPUs gives each sum a loop of its own. What two sums share, such as a conversion or a
     subtraction, it computes once and writes out, where each could compute it on its way. A barrier
-    over different `others` for each sum keeps them from sharing. `narrow` is the dtype in which the
-    values of `x` came, and are read.
+    over different `others` for each sum keeps them from sharing. `input_dtype` is the dtype in
+    which the values of `x` came, and are read.
     """
 
     def barrier(x, *others):
-        own, *others = lax.optimization_barrier((x.astype(narrow), *others))
+        own, *others = lax.optimization_barrier((x.astype(input_dtype), *others))
         return own.astype(x.dtype), *others
 
     return by_platform(x, *others, cpu=barrier, default=lambda *values: values)
 
 
-@apart.defjvp
-def _apart_jvp(narrow, primals, tangents):
-    own = apart(narrow, *primals)
+@own_reading.defjvp
+def _own_reading_jvp(input_dtype, primals, tangents):
+    own = own_reading(input_dtype, *primals)
     # A barrier gives all that passes it the mapped axes of each, which tangents must have too.
     return own, tuple(d + jnp.zeros_like(v) for d, v in zip(tangents, own, strict=True))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def line(
-    narrow: DTypeLike, x: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array
+    input_dtype: DTypeLike, x: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array
+) -> jax.Array:
+    """Return `(x - shift) * slope + offset`."""
+    return (x - shift) * slope + offset
+
+
+@line.defjvp
+def _line_jvp(input_dtype, primals, tangents):
+    """The product rule, with the part whose transpose is two sums in the form of the platform."""
+    x, shift, slope, _ = primals
+    dx, dshift, dslope, doffset = tangents
+    summed = _summed_by_transpose(input_dtype, x, shift, dslope, doffset)
+    return line(input_dtype, *primals), (dx - dshift) * slope + summed
+
+
+# Compiled even where the caller is not, which would run its operations one by one.
+@partial(jax.jit, static_argnums=0)
+def _summed_by_transpose(
+    input_dtype: DTypeLike, x: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array
 ) -> jax.Array:
     """Return `(x - shift) * slope + offset`, whose transpose in slope and offset is two sums.
 
@@ -56,15 +74,20 @@ def line(
     def plain(x, shift, slope, offset):
         return (x - shift) * slope + offset
 
-    def separate(x, shift, slope, offset):
-        own_x, own_shift = apart(narrow, x, shift)
+    def with_own_readings(x, shift, slope, offset):
+        own_x, own_shift = own_reading(input_dtype, x, shift)
         return plain(own_x, own_shift, slope, offset)
 
     def of_one_sum(x, shift, slope, offset):
         both = jnp.broadcast_to(lax.complex(offset, slope), x.shape)
         return (x - shift) * both.imag + both.real
 
-    forms = {"cpu": separate, "cuda": of_one_sum, "rocm": of_one_sum, "default": plain}
+    forms = {
+        "cpu": with_own_readings,
+        "cuda": of_one_sum,
+        "rocm": of_one_sum,
+        "default": plain,
+    }
     return by_platform(x, shift, slope, offset, **forms)
 
 

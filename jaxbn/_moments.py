@@ -9,10 +9,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from jaxbn import _fusion
+from jaxbn._cpu import moments_on_cpu
 from jaxbn._devices import across_devices
-from jaxbn._readings import Moments as Moments
-from jaxbn._readings import of_one_device, total
+from jaxbn._half_precision import exact_if_constant, is_half
+from jaxbn._readings import Moments, ShiftedMoments, moments_about, total
 from jaxbn._readings import statistics_dtype as statistics_dtype
+from jaxbn._shift import sample_mean
 
 # The name of the moments for policies of `jax.checkpoint`.
 NAME = "batch_norm_moments"
@@ -23,7 +26,7 @@ def moments(
     x: jax.Array,
     mask: jax.Array | None,
     running_mean: jax.Array | None,
-    narrow: DTypeLike,
+    input_dtype: DTypeLike,
     axes: tuple[int, ...],
     axis_name: Hashable | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -40,25 +43,19 @@ def moments(
     error of the sums, relative to the variance, is multiplied by
     :math:`E[d^2] / \sigma^2 = 1 + (s - \mu)^2 / \sigma^2`.
 
-    The shift is the mean of a sixteenth of the values. That is close enough for any values
-    whatever: if a fraction 1 / f of them has the mean s and the others have the mean t, then the
-    variance between these two parts alone, which the whole variance exceeds, is
+    The shift is the mean of a sixteenth of the values, or of all under a mask. This bounds the
+    factor for any data: if a fraction 1 / f of the values has the mean s, and the others have the
+    mean t, then the variance between these two parts alone, which the whole variance exceeds, is
     :math:`(s - \mu)^2 / (f - 1)`. So the factor is at most f.
 
-    Of inputs in half precision the shift is the running mean, which is known before `x` is. At r
-    deviations from the mean it costs r² 2^-24 of the variance. The rounding of the input itself has
-    moved its values by r 2^-9 of a deviation in bfloat16, and by r 2^-12 in float16: more than that
-    for every r at which such values still differ (2^8), or all but the last of them (2^10).
-
-    On a CPU, where each sum reads `x` by itself, and a loop costs nothing while it does not run, the
-    running mean is the first shift of all inputs, and a loop takes better ones where it is far.
+    For inputs in half precision the shift is zero (`jaxbn._half_precision` says why that is
+    enough), and on a CPU it is the running mean, or what a loop finds (`jaxbn._cpu`).
 
     Args:
       x: the batch, in the dtype of the statistics.
       mask: booleans of the rank of `x`, or None.
-      running_mean: None, or where the mean is expected. It serves as the shift of inputs in half
-        precision and, on a CPU, as the first shift of any.
-      narrow: the dtype in which the values of `x` came.
+      running_mean: where the mean is expected, or None.
+      input_dtype: the dtype in which the values of `x` came.
       axes: the axes that are reduced.
       axis_name: the mapped axis or axes that share the statistics.
       axis_index_groups: the groups of its indices that do.
@@ -66,18 +63,17 @@ def moments(
     The count and `mean_high` have no derivative. Those of the others are `E[dx]` and
     `2 E[(x - mean) dx]`, whatever the shift.
     """
-
-    batch = of_one_device(x, mask, running_mean, narrow, axes)
+    batch = local_moments(x, mask, running_mean, input_dtype, axes)
     if axis_name is None:
         return batch
-    return across_devices(batch, axis_name, axis_index_groups)
+    return across_devices(batch, input_dtype, axis_name, axis_index_groups)
 
 
 @moments.defjvp
-def _moments_jvp(narrow, axes, axis_name, axis_index_groups, primals, tangents):
+def _moments_jvp(input_dtype, axes, axis_name, axis_index_groups, primals, tangents):
     x, mask, _ = primals
     dx, *_ = tangents
-    batch = moments(*primals, narrow, axes, axis_name, axis_index_groups)
+    batch = moments(*primals, input_dtype, axes, axis_name, axis_index_groups)
     batch = checkpoint_name(batch, NAME)
     # E[(x - mean) dx], with what is constant within a feature taken out of the sum.
     deviation = x - batch.mean_high
@@ -89,3 +85,34 @@ def _moments_jvp(narrow, axes, axis_name, axis_index_groups, primals, tangents):
     dmean, product = (total / jnp.maximum(batch.n, 1) for total in sums)
     dvar = 2 * (product - batch.mean_low * dmean)
     return batch, Moments(jnp.zeros_like(batch.n), jnp.zeros_like(batch.mean_high), dmean, dvar)
+
+
+# Compiled even where the caller is not, which would run its operations one by one.
+@partial(jax.jit, static_argnums=(3, 4))
+def local_moments(
+    x: jax.Array,
+    mask: jax.Array | None,
+    running_mean: jax.Array | None,
+    input_dtype: DTypeLike,
+    axes: tuple[int, ...],
+) -> Moments:
+    """Return the moments of the values on this device."""
+    zero = jnp.zeros((), x.dtype)
+
+    def in_one_reading(x: jax.Array) -> ShiftedMoments:
+        shift = zero if is_half(input_dtype) else sample_mean(x, mask, axes)
+        return moments_about(shift, x, mask, input_dtype, axes)
+
+    def on_cpu(x: jax.Array) -> ShiftedMoments:
+        is_known = running_mean is not None
+        expected = jnp.where(jnp.isfinite(running_mean), running_mean, 0) if is_known else zero
+        return moments_on_cpu(x, mask, expected, input_dtype, axes)
+
+    batch = _fusion.by_platform(x, default=in_one_reading, cpu=on_cpu)
+    if is_half(input_dtype):
+        return exact_if_constant(batch, input_dtype)
+    # A compiler may compute what it fuses twice, and round it in two ways, which the difference of
+    # the two floats would not forgive. The barrier makes them the same numbers everywhere.
+    shift, mean = lax.optimization_barrier((batch.shift, batch.mean))
+    mean_high = shift + mean
+    return Moments(batch.n, mean_high, (shift - mean_high) + mean, batch.var)

@@ -36,8 +36,8 @@ def update(
         \mathrm{running} \leftarrow
             \mathrm{momentum} \cdot \mathrm{running} + (1 - \mathrm{momentum}) \cdot \mathrm{batch}
 
-    Of several `batches`, on the first axis here and on the devices of `axis_name`, it is the mean
-    of those that have the statistic; where none has, the old value is kept.
+    For several `batches`, on the first axis and on the devices of `axis_name`, it moves towards the
+    mean of those with enough values; if none has, the old value is kept.
     """
     fewest = 2 if running_variance == "unbiased" else 1
     sums = [
@@ -52,7 +52,7 @@ def update(
     if "count" in state:
         new["count"] = state["count"] + jnp.any(with_mean > 0).astype(state["count"].dtype)
 
-    def moved(running: jax.Array, total: jax.Array, n: jax.Array) -> jax.Array:
+    def move(running: jax.Array, total: jax.Array, n: jax.Array) -> jax.Array:
         dtype = statistics_dtype(running.dtype, total.dtype)
         old = running.astype(dtype).reshape(total.shape)
         batch = (total / jnp.maximum(n, 1)).astype(dtype)
@@ -60,8 +60,8 @@ def update(
         moved = weight_of_old * old + weight_of_batch * batch
         return jnp.where(n > 0, moved, old).reshape(running.shape)
 
-    new["mean"] = moved(state["mean"], mean, with_mean)
-    new["var"] = moved(state["var"], var, with_var)
+    new["mean"] = move(state["mean"], mean, with_mean)
+    new["var"] = move(state["var"], var, with_var)
     return _like(state, new)
 
 

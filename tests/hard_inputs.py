@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxbn._readings import FRACTION
+from jaxbn._shift import FRACTION
 
 N, C = 4096, 16
 # The same values as a batch of images: examples, rows, columns, features.

@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 
 import jaxbn
-from jaxbn._readings import FRACTION
+from jaxbn._shift import FRACTION
 from tests import forms, oracle
-from tests.accuracy import BIAS, DY, LAYOUTS, SCALE, TOLERANCE, assert_accurate, run, step_in
+from tests.accuracy import (
+    BIAS,
+    DY,
+    LAYOUTS,
+    LEAST_VARIANCE,
+    SCALE,
+    TOLERANCE,
+    assert_accurate,
+    run,
+    step_in,
+)
 from tests.hard_inputs import (
     ARRANGEMENTS,
     CONSTANTS,
@@ -64,15 +74,20 @@ def test_hard_inputs_under_a_mask(name, form):
 def test_the_worst_sample(name, form, layout):
     """The values sampled for the shift are the largest, or the smallest.
 
-    The error of the variance is at most 16 times that of a sum, about four roundings; that of `y`
-    is half the variance's, and as much again from elsewhere is allowed.
+    The error of the variance is at most 16 times that of a sum, about four roundings, and that of
+    `y` is half the variance's; what is allowed of either elsewhere is added. The mean is about as
+    far from the shift as it has deviations, at most 4.
     """
-    tolerance = FRACTION / 2 * 4 * 2**-24 + TOLERANCE / 2
+    var_tolerance = FRACTION * 4 * 2**-24 + TOLERANCE / 2
     for sign in (1, -1):
         sampled = "rows" if layout == "rows" else "images"
         x = extremes_sampled(INPUTS[name].astype(np.float32), sampled, sign)
         truth = oracle.batch_norm(x, DY, SCALE, BIAS)
-        assert oracle.error(run(form, layout, x).y, truth.y) <= tolerance
+        ours = run(form, layout, x)
+        assert oracle.error(ours.y, truth.y) <= var_tolerance / 2 + TOLERANCE / 4
+        size = np.maximum(np.abs(truth.mean), np.sqrt(truth.var))
+        assert np.all(np.abs(ours.mean - truth.mean) <= 4 * 2e-7 * size)
+        assert np.all(np.abs(ours.var - truth.var) <= var_tolerance * truth.var + LEAST_VARIANCE)
 
 
 @every_form
@@ -131,3 +146,15 @@ def test_a_naive_variance_would_be_caught():
         return (x - jnp.mean(x, 0)) / jnp.sqrt(jnp.abs(var) + 1e-5)
 
     assert oracle.error(naive(x), oracle.batch_norm(x, x).y) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("key", oracle.Result._fields)
+def test_an_error_in_any_result_would_be_caught(key):
+    """By 1.1e-6 of the largest value, or of that of a feature."""
+    x = INPUTS["N(1e3, 1)"].astype(np.float32)
+    truth = oracle.batch_norm(x, DY, SCALE, BIAS)
+    assert_accurate(truth, truth, "cpu")
+    exact = getattr(truth, key)
+    wrong = exact + 1.1 * TOLERANCE * np.max(np.abs(exact))
+    with pytest.raises(AssertionError, match=key):
+        assert_accurate(truth._replace(**{key: wrong}), truth, "cpu")

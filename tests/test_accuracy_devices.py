@@ -4,7 +4,6 @@ Each form of the computation that `jaxbn._fusion` has for some platform is run o
 """
 
 from functools import cache, partial
-from unittest import mock
 
 import jax
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn import _devices
 from tests import forms, oracle
 from tests.accuracy import BIAS, DY, LAYOUTS, SCALE, assert_accurate, step
 from tests.hard_inputs import ARRANGEMENTS, CONSTANTS, INPUTS, C, N, arranged
@@ -40,23 +38,6 @@ def by_shard_map(form):
 
 
 @cache
-def by_sums(form):
-    """As so many devices share statistics that a table of their moments would be too large."""
-
-    def of_many(*arrays):
-        with mock.patch.object(_devices, "FEW_DEVICES", DEVICES - 1):
-            return step(*arrays, axis_name="data")
-
-    mapped = jax.shard_map(
-        of_many,
-        mesh=mesh(),
-        in_specs=P("data"),
-        out_specs=oracle.Result(P("data"), P("data"), P(), P(), P(), P()),
-    )
-    return forms.jit(mapped, form)
-
-
-@cache
 def by_jit(form):
     """Statistics are shared because the batch is sharded, without any name."""
     compiled, sharding = forms.jit(step, form), NamedSharding(mesh(), P("data"))
@@ -66,8 +47,6 @@ def by_jit(form):
 WAYS = {
     "shard_map": (by_shard_map, "rows", None),
     "shard_map, unequal counts": (by_shard_map, "rows", UNEQUAL),
-    "shard_map, by sums": (by_sums, "rows", None),
-    "shard_map, by sums, unequal counts": (by_sums, "rows", UNEQUAL),
     "jit, rows": (by_jit, "rows", None),
     "jit, images": (by_jit, "NHWC", None),
 }
@@ -92,25 +71,10 @@ def test_hard_inputs(name, way, form):
 
 
 @every_form
-@pytest.mark.parametrize("way", [way for way in WAYS if "by sums" not in way])
+@pytest.mark.parametrize("way", WAYS)
 def test_constant_features_are_exact(way, form):
     x = np.resize(np.array(CONSTANTS, np.float32), C) + np.zeros((N, 1), np.float32)
     result = run(way, form, x)
     np.testing.assert_array_equal(result.y, np.broadcast_to(BIAS, x.shape))
     np.testing.assert_array_equal(result.mean, x[0])
     np.testing.assert_array_equal(result.var, 0)
-
-
-@every_form
-@pytest.mark.parametrize("way", [way for way in WAYS if "by sums" in way])
-def test_constant_features_by_sums(way, form):
-    """The mean, in two floats, is within a rounding of the second of them, which has 24 bits, too.
-
-    `epsilon` makes that of `y` 1 / sqrt(1e-5) times as large.
-    """
-    x = np.resize(np.array(CONSTANTS[:-1], np.float32), C) + np.zeros((N, 1), np.float32)
-    result = run(way, form, x)
-    error = np.abs(result.y - np.broadcast_to(BIAS, x.shape))
-    assert np.all(error <= SCALE * 316.3 * 4 * 2.0**-48 * np.abs(x))
-    np.testing.assert_allclose(result.mean, x[0], rtol=2.0**-23)
-    assert np.all(result.var <= (2.0**-46 * x[0]) ** 2)

@@ -205,15 +205,16 @@ def test_the_model_of_collectives():
     # all-reduce is two of them.
     assert scaling.all_gather_seconds(32.0, 16, latency=3.0, bandwidth=2.0) == 4 * 3 + 15
     assert scaling.all_reduce_seconds(32.0, 16, latency=3.0, bandwidth=2.0) == 2 * (4 * 3 + 15)
-    assert scaling.step_seconds(16, latency=1.0, bandwidth=np.inf) == 3 * 4 * 53
-    forward, backward = scaling.forward_bytes(16, 26_560), scaling.backward_bytes(26_560)
-    assert scaling.step_seconds(16, latency=0.0, bandwidth=1.0) == pytest.approx(
-        (forward + 2 * backward) * 15 / 16
-    )
-    # Of more than 256 devices, each of the three collectives is an all-reduce.
-    assert scaling.step_seconds(512, latency=1.0, bandwidth=np.inf) == 3 * 2 * 9 * 53
-    assert scaling.forward_bytes(256, 100) == 16 * 256 * 100
-    assert scaling.forward_bytes(512, 100) == 2 * scaling.backward_bytes(100)
+    table, sums = scaling.table_seconds, scaling.sums_seconds
+    assert scaling.step_seconds(16, 1.0, np.inf, table) == (1 + 2) * 4 * 53
+    assert scaling.step_seconds(16, 1.0, np.inf, sums) == (2 + 2) * 4 * 53
+    backward = 2 * scaling.backward_bytes(26_560)
+    for seconds, forward in [
+        (table, scaling.table_bytes(16, 26_560)),
+        (sums, 2 * scaling.sums_bytes(26_560)),
+    ]:
+        found = scaling.step_seconds(16, latency=0.0, bandwidth=1.0, forward=seconds)
+        assert found == pytest.approx((forward + backward) * 15 / 16)
 
 
 def test_the_command(tmp_path, capsys):

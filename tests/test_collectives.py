@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from benchmarks import collectives as benchmark
 from benchmarks import scaling
-from jaxbn import _devices
 from tests import forms
 
 SHAPE = (16, 5, 6)
@@ -65,16 +64,13 @@ def test_shard_map_has_one_forward_and_one_backward(mesh, batch, check):
     assert collectives(both) == ["all-gather", "all-reduce"]
 
 
-def test_many_devices_have_two_sums_forward_and_one_backward(mesh, batch, monkeypatch):
+@pytest.mark.parametrize("check", [True, False])
+def test_shard_map_in_half_precision_has_one_sum_each_way(mesh, batch, check):
     """Their bytes do not grow with the number of devices."""
-    monkeypatch.setattr(_devices, "FEW_DEVICES", 7)
-    # Another number of devices is another program, but this test's devices are as many as before.
-    jax.clear_caches()
-    mapped = shard_mapped(forward, mesh, batch, True)
-    assert collectives(mapped) == ["all-reduce"] * 2
-    both = shard_mapped(backward, mesh, batch, True, gradients=True)
-    assert collectives(both) == ["all-reduce"] * 3
-    jax.clear_caches()
+    batch = (batch[0].astype(jnp.bfloat16), *batch[1:])
+    assert collectives(shard_mapped(forward, mesh, batch, check)) == ["all-reduce"]
+    both = shard_mapped(backward, mesh, batch, check, gradients=True)
+    assert collectives(both) == ["all-reduce"] * 2
 
 
 def test_pmap_has_one_forward_and_one_backward(batch):
@@ -131,17 +127,13 @@ def test_evaluation_has_none(mesh, batch):
 
 @pytest.mark.parametrize("devices", [2, 8])
 def test_the_bytes_that_the_model_of_scaling_assumes(devices):
-    forward, backward = benchmark.of_batch_norm(devices, 64)
-    assert [c.bytes for c in forward] == [scaling.forward_bytes(devices, 64)]
-    assert [c.bytes for c in backward] == [scaling.backward_bytes(64)]
-
-
-def test_the_bytes_that_the_model_of_scaling_assumes_of_many_devices(monkeypatch):
-    monkeypatch.setattr(_devices, "FEW_DEVICES", 7)
-    jax.clear_caches()
-    forward, _ = benchmark.of_batch_norm(8, 64)
-    jax.clear_caches()
-    assert sum(c.bytes for c in forward) == scaling.forward_bytes(2**20, 64)
+    for dtype, bytes_ in [
+        ("float32", scaling.table_bytes(devices, 64)),
+        ("bfloat16", scaling.sums_bytes(64)),
+    ]:
+        forward, backward = benchmark.of_batch_norm(devices, 64, dtype)
+        assert [c.bytes for c in forward] == [bytes_]
+        assert [c.bytes for c in backward] == [scaling.backward_bytes(64)]
 
 
 def test_the_count_sees_a_collective(mesh):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 import jaxbn.linen
-from tests import oracle
+from tests import forms, oracle
 
 DEVICES = 8
 FEATURES = 6
@@ -82,6 +82,31 @@ def by_shard_map(batch, params, state, layer, axes=("data",), sizes=(DEVICES,), 
     return y, dx, dparams, states
 
 
+def by_vmap_of_vmap(batch, params, state, layer):
+    """Two names, given as a list."""
+    each = partial(step, params=params, state=state, layer=layer, axis_name=["outer", "inner"])
+    mapped = jax.vmap(jax.vmap(each, axis_name="inner"), axis_name="outer")
+    fold = partial(jax.tree.map, lambda v: v.reshape(2, DEVICES // 2, -1, *v.shape[1:]))
+    results = mapped(*fold(batch))
+    y, dx, dparams, states = jax.tree.map(lambda v: v.reshape(DEVICES, *v.shape[2:]), results)
+    return *join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams), states
+
+
+def by_vmap_in_shard_map(batch, params, state, layer):
+    """Four devices, of which each maps over two parts of its own."""
+    mesh = jax.make_mesh((DEVICES // 2,), ("outer",), axis_types=(jax.sharding.AxisType.Auto,))
+    each = partial(step, params=params, state=state, layer=layer, axis_name=("outer", "inner"))
+    mapped = jax.shard_map(
+        lambda parts: jax.vmap(each, axis_name="inner")(*parts),
+        mesh=mesh,
+        in_specs=P("outer"),
+        out_specs=P("outer"),
+        check_vma=False,
+    )
+    y, dx, dparams, states = jax.jit(mapped)(split(batch))
+    return *join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams), states
+
+
 def by_jit(batch, params, state, layer, features=False, axis_type=jax.sharding.AxisType.Auto):
     """`jit` over sharded arrays: no axis name, and nothing to sum by hand."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
@@ -117,6 +142,8 @@ WAYS = {
     "shard_map over two axes, unchecked": partial(
         by_shard_map, axes=("data", "model"), sizes=(4, 2), check=False
     ),
+    "vmap over two axes": by_vmap_of_vmap,
+    "vmap in shard_map": by_vmap_in_shard_map,
     "jit, batch sharded": by_jit,
     "jit, batch and features sharded": partial(by_jit, features=True),
     "jit, batch sharded, explicit": partial(by_jit, axis_type=jax.sharding.AxisType.Explicit),
@@ -186,6 +213,39 @@ def test_n_devices_equal_one(way, batch, layer):
         each = np.asarray(each).reshape(DEVICES, FEATURES)
         np.testing.assert_array_equal(each, each[:1].repeat(DEVICES, 0))
         np.testing.assert_allclose(each[0], wanted_state[key], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", ["cuda", "tpu"])
+@pytest.mark.parametrize("batch", ["one value per device", "unequal", "no value at all"])
+@pytest.mark.parametrize("way", [way for way in WAYS if "two axes" not in way])
+def test_n_devices_equal_one_in_the_forms_of_other_platforms(way, batch, form):
+    with forms.of(form):
+        test_n_devices_equal_one(way, batch, function)
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("batch", ["equal", "unequal", "no value at all"])
+@pytest.mark.parametrize("way", ["vmap", "shard_map", "vmap in shard_map", "jit, batch sharded"])
+def test_n_devices_equal_one_in_half_precision(way, batch, form):
+    """To a rounding of y and dx in bfloat16, and a few of the sums in float32."""
+    (x, mask, dy), params, state = problem(batch)
+    batch = x.astype(jnp.bfloat16), mask, dy.astype(jnp.bfloat16)
+    params, state = (jax.tree.map(lambda v: v.astype(jnp.float32), v) for v in (params, state))
+    with forms.of(form):
+        *wanted, wanted_state = step(*batch, params, state)
+        *got, states = WAYS[way](batch, params, state, function)
+
+    def assert_close(a, b, rounding):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rounding * max(1, np.abs(b).max()))
+
+    for a, b in zip(got[:2], wanted[:2], strict=True):
+        assert_close(a, b, 2.0**-8)
+    for key in params:
+        assert_close(got[2][key], wanted[2][key], 2.0**-8)
+    for key, each in states.items():
+        assert_close(np.asarray(each).reshape(DEVICES, -1)[0], wanted_state[key].ravel(), 2.0**-20)
 
 
 @pytest.mark.usefixtures("x64")

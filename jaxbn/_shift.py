@@ -1,0 +1,42 @@
+"""A shift that is close to the mean of any batch: the mean of a sixteenth of its values."""
+
+import jax
+from jax import lax
+
+from jaxbn._readings import average, count
+
+# The sample has one value in this many, or a few more.
+FRACTION = 16
+
+
+def sample_mean(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """Return the mean of a sixteenth of the values of each feature.
+
+    Under a mask, where that part may hold no value that counts, it is the mean of all.
+    """
+    part = x if mask is not None else _sample(x, axes)
+    n = count(part, mask, axes)
+    mean = average(part, n, axes, mask)
+    # Repeat about that mean to remove its rounding error, which far from zero may exceed the
+    # deviation. A constant feature then gets exactly its value.
+    return mean + average(part - mean, n, axes, mask)
+
+
+def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Return a sixteenth of `x`: some consecutive indices in the middle of a reduced axis.
+
+    It is the longest axis but the first, along which batches are split over devices. Where there is
+    no other, every sixteenth index of the first is taken, so that each device has its share. An
+    axis that is explicitly sharded cannot be sliced.
+    """
+    spec = jax.typeof(x).sharding.spec
+    unsharded = [a for a in axes if a >= len(spec) or spec[a] is None]
+    inner = [a for a in unsharded if a != axes[0] and isinstance(x.shape[a], int)]
+    axis = max(inner, key=lambda a: x.shape[a], default=None)
+    if axis is not None and x.shape[axis] > 1:
+        size = -(-x.shape[axis] // FRACTION)
+        start = (x.shape[axis] - size) // 2
+        return lax.slice_in_dim(x, start, start + size, axis=axis)
+    if axes and axes[0] in unsharded:
+        return lax.slice_in_dim(x, 0, x.shape[axes[0]], FRACTION, axis=axes[0])
+    return x
