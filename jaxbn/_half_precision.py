@@ -19,19 +19,21 @@ def is_half(dtype: DTypeLike) -> bool:
 
 
 def exact_if_constant(batch: ShiftedMoments, input_dtype: DTypeLike) -> Moments:
-    """Return the moments, with those of a constant feature exact.
+    """Return the moments, with the mean of a constant feature exact, and its variance zero.
 
     The values are numbers of `input_dtype`, which are far apart beside the rounding errors of a
-    mean. Where a mean is as close to such a number as that, taking the number adds no larger an
-    error; and a variance as small as its own rounding error, or NaN where squares overflow, is
-    that of equal values.
+    mean. Where a mean is that close to such a number, taking the number adds no larger an error.
+    Where the variance is then less than if values were one apart from the next, or NaN as their
+    squares overflow, they are equal. (In float16 the rounding errors of sums may be more than that,
+    and remain.)
     """
     mean = batch.shift + batch.mean
     # The exponent keeps its bits, as reduce_precision has no subnormal numbers.
     nexp, nmant = jnp.finfo(mean.dtype).nexp, jnp.finfo(input_dtype).nmant
     nearest = lax.reduce_precision(mean, nexp, nmant)
     is_close = jnp.abs(mean - nearest) <= 2.0**-20 * jnp.abs(mean)
-    is_constant = is_close & ~(batch.var > 2.0**-22 * jnp.square(mean))
+    unit_roundoff = 2.0 ** -(nmant + 1)
+    is_constant = is_close & ~(batch.var > jnp.square(unit_roundoff * mean))
     mean = jnp.where(is_close, nearest, mean)
     var = jnp.where(is_constant, 0, batch.var)
     return Moments(batch.n, mean, jnp.zeros_like(mean), var)

@@ -217,16 +217,16 @@ def test_n_devices_equal_one(way, batch, layer):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("form", ["cuda", "tpu"])
-@pytest.mark.parametrize("batch", ["one value per device", "unequal", "no value at all"])
-@pytest.mark.parametrize("way", [way for way in WAYS if "two axes" not in way])
+@pytest.mark.parametrize("batch", ["unequal", "no value at all"])
+@pytest.mark.parametrize("way", ["vmap", "shard_map", "jit, batch and features sharded, explicit"])
 def test_n_devices_equal_one_in_the_forms_of_other_platforms(way, batch, form):
     with forms.of(form):
         test_n_devices_equal_one(way, batch, function)
 
 
-@pytest.mark.parametrize("form", forms.FORMS)
-@pytest.mark.parametrize("batch", ["equal", "unequal", "no value at all"])
-@pytest.mark.parametrize("way", ["vmap", "shard_map", "vmap in shard_map", "jit, batch sharded"])
+@pytest.mark.parametrize("form", ["cpu", "tpu"])
+@pytest.mark.parametrize("batch", ["unequal", "no value at all"])
+@pytest.mark.parametrize("way", ["shard_map", "vmap in shard_map", "jit, batch sharded"])
 def test_n_devices_equal_one_in_half_precision(way, batch, form):
     """To a rounding of y and dx in bfloat16, and a few of the sums in float32."""
     (x, mask, dy), params, state = problem(batch)

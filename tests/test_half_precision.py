@@ -114,7 +114,9 @@ def test_constant_features_are_exact(dtype, form, state, shape):
     np.testing.assert_array_equal(y, 0)
     if new is not None:
         np.testing.assert_array_equal(new["mean"], x.reshape(-1, C)[0].astype(jnp.float32))
-        np.testing.assert_array_equal(new["var"], 0)
+        # In float16 the rounding errors of sums about zero remain, see test_moments.py.
+        rounding = 2.0**-19 if dtype == "float16" and form != "cpu" else 0
+        assert np.all(new["var"] <= rounding * np.square(new["mean"].astype(float)))
 
 
 @every_form

@@ -90,7 +90,10 @@ def test_constant_features_are_exact(shape, dtype, form):
     batch = run_in(form)(x)
     np.testing.assert_array_equal(batch.mean_high.ravel(), x.reshape(-1, len(values))[0])
     np.testing.assert_array_equal(batch.mean_low, 0)
-    np.testing.assert_array_equal(batch.var, 0)
+    # In float16, the sums about zero of other platforms leave their rounding errors: 2^-24 of the
+    # mean's square for each of up to a few dozen values that are added one by one.
+    rounding = 2.0**-19 if dtype == "float16" and form != "cpu" else 0
+    assert np.all(batch.var <= rounding * np.square(batch.mean_high.astype(float)))
 
 
 @every_form
