@@ -53,12 +53,12 @@ def moments_about(
     n = count(x, mask, axes)
     unit = _unit(n)
     size = jnp.maximum(n, 1) * unit
-    own_x, own_shift = _fusion.own_reading(input_dtype, x, shift)
-    mean = total((own_x - own_shift) * unit, axes, mask) / size
-    own_x, own_shift, _ = _fusion.own_reading(input_dtype, x, shift, mean)
+    own_x, own_shift, own_unit = _fusion.own_reading(input_dtype, x, shift, unit)
+    mean = total((own_x - own_shift) * own_unit, axes, mask) / size
+    own_x, own_shift, own_unit, _ = _fusion.own_reading(input_dtype, x, shift, unit, mean)
     deviation = own_x - own_shift
     # The unit comes before the square, which may overflow where the variance does not.
-    square = total(deviation * (deviation * unit), axes, mask) / size
+    square = total(deviation * (deviation * own_unit), axes, mask) / size
     return shifted_moments(n, shift, mean, square)
 
 
