@@ -127,7 +127,7 @@ def batch_norm(
     scale = call.feature(params.get("scale", 1))
     bias = call.feature(params.get("bias", 0))
     running = None if state is None else [call.feature(state[key]) for key in ("mean", "var")]
-    epsilon = jnp.asarray(epsilon, scale.dtype)
+    eps = jnp.asarray(epsilon, scale.dtype)
     # Devices share the statistics that normalize or, of ghost batches, those that are tracked.
     no_devices = (None, None)
     sharing, averaging = (devices, no_devices) if call.ghosts is None else (no_devices, devices)
@@ -135,7 +135,7 @@ def batch_norm(
     @_keep_only_moments
     def normalize_by_running(x, mask, scale, bias, mean, var):
         wide = x.astype(scale.dtype)
-        y = _normalize(wide, x.dtype, mask, scale, bias, mean, jnp.zeros_like(mean), var + epsilon)
+        y = _normalize(wide, x.dtype, mask, scale, bias, mean, jnp.zeros_like(mean), var + eps)
         return y.astype(call.dtype)
 
     @_keep_only_moments
@@ -144,7 +144,7 @@ def batch_norm(
         batch = moments(wide, mask, running_mean, x.dtype, call.axes, *sharing)
         mean = lax.stop_gradient(batch.mean_high), batch.mean_low
         var = variance(batch, batch_variance)
-        y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var + epsilon)
+        y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var + eps)
         return y.astype(call.dtype), batch
 
     if running is not None and not call.train:

@@ -104,8 +104,8 @@ def local_moments(
         return moments_about(shift, x, mask, input_dtype, axes)
 
     def on_cpu(x: jax.Array) -> ShiftedMoments:
-        is_known = running_mean is not None
-        expected = jnp.where(jnp.isfinite(running_mean), running_mean, 0) if is_known else zero
+        expected = zero if running_mean is None else running_mean
+        expected = jnp.where(jnp.isfinite(expected), expected, 0)
         return moments_on_cpu(x, mask, expected, input_dtype, axes)
 
     batch = _fusion.by_platform(x, default=in_one_reading, cpu=on_cpu)
