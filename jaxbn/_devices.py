@@ -53,7 +53,8 @@ def merge_about_zero(
     n, mean, square = sum_over_devices(jnp.stack(jnp.broadcast_arrays(*row)))
     size = jnp.maximum(n, 1) * 2.0**-20
     batch = shifted_moments(n, jnp.zeros_like(n), mean / size, square / size)
-    return exact_if_constant(batch, input_dtype)
+    n, mean, zero, var = exact_if_constant(batch, input_dtype)
+    return Moments(n, mean, zero, var)
 
 
 def gather(

@@ -11,29 +11,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxbn._readings import Moments, ShiftedMoments
+from jaxbn._readings import ShiftedMoments
 
 
 def is_half(dtype: DTypeLike) -> bool:
     return jnp.finfo(dtype).bits <= 16
 
 
-def exact_if_constant(batch: ShiftedMoments, input_dtype: DTypeLike) -> Moments:
-    """Return the moments, with the mean of a constant feature exact, and its variance zero.
+def exact_if_constant(batch: ShiftedMoments, input_dtype: DTypeLike) -> ShiftedMoments:
+    """Return the moments, of sums about zero, with those of a constant feature exact.
 
     The values are numbers of `input_dtype`, which are far apart beside the rounding errors of a
     mean. Where a mean is that close to such a number, taking the number adds no larger an error.
-    Where the variance is then less than if values were one apart from the next, or NaN as their
-    squares overflow, they are equal. (In float16 the rounding errors of sums may be more than that,
-    and remain.)
+    Where the variance is then no more than the rounding errors of the sums, or NaN as squares
+    overflow, it is zero. (In float16 a variance so small may be that of values which differ.)
     """
     mean = batch.shift + batch.mean
     # The exponent keeps its bits, as reduce_precision has no subnormal numbers.
     nexp, nmant = jnp.finfo(mean.dtype).nexp, jnp.finfo(input_dtype).nmant
     nearest = lax.reduce_precision(mean, nexp, nmant)
     is_close = jnp.abs(mean - nearest) <= 2.0**-20 * jnp.abs(mean)
-    unit_roundoff = 2.0 ** -(nmant + 1)
-    is_constant = is_close & ~(batch.var > jnp.square(unit_roundoff * mean))
+    rounding = 2.0**-20 if nmant < 10 else 0.0
+    is_constant = is_close & ~(batch.var > rounding * jnp.square(mean))
     mean = jnp.where(is_close, nearest, mean)
     var = jnp.where(is_constant, 0, batch.var)
-    return Moments(batch.n, mean, jnp.zeros_like(mean), var)
+    return ShiftedMoments(batch.n, mean, jnp.zeros_like(mean), var)

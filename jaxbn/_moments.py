@@ -100,8 +100,10 @@ def local_moments(
     zero = jnp.zeros((), x.dtype)
 
     def in_one_reading(x: jax.Array) -> ShiftedMoments:
-        shift = zero if is_half(input_dtype) else sample_mean(x, mask, axes)
-        return moments_about(shift, x, mask, input_dtype, axes)
+        if is_half(input_dtype):
+            about_zero = moments_about(zero, x, mask, input_dtype, axes)
+            return exact_if_constant(about_zero, input_dtype)
+        return moments_about(sample_mean(x, mask, axes), x, mask, input_dtype, axes)
 
     def on_cpu(x: jax.Array) -> ShiftedMoments:
         expected = zero if running_mean is None else running_mean
@@ -110,7 +112,8 @@ def local_moments(
 
     batch = _fusion.by_platform(x, default=in_one_reading, cpu=on_cpu)
     if is_half(input_dtype):
-        return exact_if_constant(batch, input_dtype)
+        mean = batch.shift + batch.mean
+        return Moments(batch.n, mean, jnp.zeros_like(mean), batch.var)
     # A compiler may compute what it fuses twice, and round it in two ways, which the difference of
     # the two floats would not forgive. The barrier makes them the same numbers everywhere.
     shift, mean = lax.optimization_barrier((batch.shift, batch.mean))

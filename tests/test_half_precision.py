@@ -129,3 +129,14 @@ def test_a_running_mean_far_from_the_data_does_not_matter(form, running_mean):
     assert oracle.error(new["mean"], truth.mean) <= 1e-6
     assert oracle.error(new["var"], truth.var) <= 1e-6
     assert oracle.error(y, truth.y) <= 1e-6
+
+
+@every_form
+@pytest.mark.parametrize("values", [[996, 1000, 1004], [0.9921875, 1, 1.0078125]])
+def test_neighbours_whose_mean_is_one_of_them_are_not_constant(values, form):
+    x = np.repeat(np.asarray(values), [100, 800, 100])[:, None] + np.zeros(C)
+    truth = oracle.batch_norm(x, x)
+    y, new = step_in(form)(jnp.asarray(x, jnp.bfloat16), np.zeros(C, np.float32))
+    # The bound above, for r = 1000 / 1.8 or 1 / 0.0035.
+    assert np.all(np.abs(new["var"] - truth.var) <= CONSTANT * truth.mean**2 * 2.0**-24)
+    assert np.max(np.abs(y - truth.y)) <= 0.2 * np.max(np.abs(truth.y))
