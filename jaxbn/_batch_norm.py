@@ -140,6 +140,8 @@ def batch_norm(
 
     @_keep_only_moments
     def normalize_by_batch(x, mask, scale, bias, running_mean):
+        # Else XLA for CPUs keeps, and normalizes, the wider numbers that `x` was rounded from.
+        (x,) = _fusion.own_reading(x.dtype, x)
         wide = x.astype(scale.dtype)
         batch = moments(wide, mask, running_mean, x.dtype, call.axes, *sharing)
         mean = lax.stop_gradient(batch.mean_high), batch.mean_low

@@ -46,8 +46,8 @@ def merge(parts: Moments) -> Moments:
 def merge_about_zero(
     own: Moments, input_dtype: DTypeLike, sum_over_devices: Callable[[jax.Array], jax.Array]
 ) -> Moments:
-    """Return the same for inputs in half precision, by one sum over the devices."""
-    # In units of 2^20 values, sums overflow no earlier than the square of a deviation of 1e16.
+    """Return the moments of all devices for inputs in half precision, with one sum over them."""
+    # In units of 2^20 values, the sums do not overflow for values up to 1e16.
     share = own.n * 2.0**-20
     row = own.n, share * own.mean, share * (own.var + jnp.square(own.mean))
     n, mean, square = sum_over_devices(jnp.stack(jnp.broadcast_arrays(*row)))

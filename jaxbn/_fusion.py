@@ -18,6 +18,11 @@ def by_platform(*arguments: jax.Array, **forms: Callable[..., Any]) -> Any:
     return lax.platform_dependent(*_varying_alike(*arguments), **forms)
 
 
+def by_readings(x: jax.Array, one: Callable[..., Any], separate: Callable[..., Any]) -> Any:
+    """Apply `one` where several sums share a reading of `x`, and `separate` where they do not."""
+    return by_platform(x, default=one, cpu=separate)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def own_reading(input_dtype: DTypeLike, x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
     """Return `x` and `others`, so that on a CPU a sum over them reads `x` by itself.

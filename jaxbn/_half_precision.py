@@ -15,6 +15,7 @@ from jaxbn._readings import ShiftedMoments
 
 
 def is_half(dtype: DTypeLike) -> bool:
+    """Return whether a dtype has 16 bits or fewer."""
     return jnp.finfo(dtype).bits <= 16
 
 

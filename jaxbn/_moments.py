@@ -10,11 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxbn import _fusion
-from jaxbn._cpu import moments_on_cpu
 from jaxbn._devices import across_devices
 from jaxbn._half_precision import exact_if_constant, is_half
 from jaxbn._readings import Moments, ShiftedMoments, moments_about, total
 from jaxbn._readings import statistics_dtype as statistics_dtype
+from jaxbn._separate_readings import moments_in_separate_readings
 from jaxbn._shift import sample_mean
 
 # The name of the moments for policies of `jax.checkpoint`.
@@ -43,13 +43,14 @@ def moments(
     error of the sums, relative to the variance, is multiplied by
     :math:`E[d^2] / \sigma^2 = 1 + (s - \mu)^2 / \sigma^2`.
 
-    The shift is the mean of a sixteenth of the values, or of all under a mask. This bounds the
-    factor for any data: if a fraction 1 / f of the values has the mean s, and the others have the
-    mean t, then the variance between these two parts alone, which the whole variance exceeds, is
-    :math:`(s - \mu)^2 / (f - 1)`. So the factor is at most f.
+    The shift is the mean of at least a sixteenth of the values, or of all under a mask (which takes
+    two readings more). This bounds the factor for any data: if a fraction 1 / f of the values has
+    the mean s, and the others have the mean t, then the variance between these two parts alone,
+    which the whole variance exceeds, is :math:`(s - \mu)^2 / (f - 1)`. So the factor is at most f.
 
     For inputs in half precision the shift is zero (`jaxbn._half_precision` says why that is
-    enough), and on a CPU it is the running mean, or what a loop finds (`jaxbn._cpu`).
+    enough). Where sums do not share a reading, on a CPU, it is the running mean, or what a loop
+    finds (`jaxbn._separate_readings`).
 
     Args:
       x: the batch, in the dtype of the statistics.
@@ -105,17 +106,17 @@ def local_moments(
             return exact_if_constant(about_zero, input_dtype)
         return moments_about(sample_mean(x, mask, axes), x, mask, input_dtype, axes)
 
-    def on_cpu(x: jax.Array) -> ShiftedMoments:
+    def in_separate_readings(x: jax.Array) -> ShiftedMoments:
         expected = zero if running_mean is None else running_mean
         expected = jnp.where(jnp.isfinite(expected), expected, 0)
-        return moments_on_cpu(x, mask, expected, input_dtype, axes)
+        return moments_in_separate_readings(x, mask, expected, input_dtype, axes)
 
-    batch = _fusion.by_platform(x, default=in_one_reading, cpu=on_cpu)
+    batch = _fusion.by_readings(x, one=in_one_reading, separate=in_separate_readings)
     if is_half(input_dtype):
         mean = batch.shift + batch.mean
         return Moments(batch.n, mean, jnp.zeros_like(mean), batch.var)
-    # A compiler may compute what it fuses twice, and round it in two ways, which the difference of
-    # the two floats would not forgive. The barrier makes them the same numbers everywhere.
+    # A compiler may compute what it fuses twice, and round it in two ways, which would make the two
+    # floats inconsistent. The barrier ensures that every use gets the same values.
     shift, mean = lax.optimization_barrier((batch.shift, batch.mean))
     mean_high = shift + mean
     return Moments(batch.n, mean_high, (shift - mean_high) + mean, batch.var)

@@ -93,6 +93,7 @@ def total(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) ->
 def _unit(n: jax.Array) -> jax.Array:
     """Return the power of two next to 1 / n.
 
-    It scales without rounding, and a sum so scaled overflows only if its mean does.
+    It scales normal numbers without rounding, and a sum so scaled overflows only if its mean is
+    about to.
     """
     return lax.reduce_precision(1 / jnp.maximum(n, 1), jnp.finfo(n.dtype).nexp, 0)

@@ -1,4 +1,4 @@
-"""A shift that is close to the mean of any batch: the mean of a sixteenth of its values."""
+"""A shift that is close to the mean of any batch: the mean of a sample of its values."""
 
 import jax
 from jax import lax
@@ -10,7 +10,7 @@ FRACTION = 16
 
 
 def sample_mean(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    """Return the mean of a sixteenth of the values of each feature.
+    """Return the mean of at least a sixteenth of the values of each feature.
 
     Under a mask, where that part may hold no value that counts, it is the mean of all.
     """
@@ -23,7 +23,7 @@ def sample_mean(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> 
 
 
 def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Return a sixteenth of `x`: some consecutive indices in the middle of a reduced axis.
+    """Return at least a sixteenth of `x`: some consecutive indices in the middle of a reduced axis.
 
     It is the longest axis but the first, along which batches are split over devices. Where there is
     no other, every sixteenth index of the first is taken, so that each device has its share. An

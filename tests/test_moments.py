@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbn import _cpu
+from jaxbn import _separate_readings
 from jaxbn._moments import Moments, moments
 from jaxbn._shift import FRACTION
 from tests import forms, oracle
@@ -218,14 +218,14 @@ def test_a_cpu_reads_again_only_what_is_inaccurate(
     x = mean + deviation * (normal - normal.mean()) / normal.std()
     x = jnp.asarray(x.reshape(*shape, 1), jnp.float32)
     shifts = []
-    about = _cpu.moments_about
+    about = _separate_readings.moments_about
 
     def noted(shift, **keywords):
         jax.debug.callback(lambda s: shifts.append(float(s.ravel()[0])), shift)
         return about(shift, **keywords)
 
     with forms.of("cpu"):
-        monkeypatch.setattr(_cpu, "moments_about", noted)
+        monkeypatch.setattr(_separate_readings, "moments_about", noted)
         shift = jnp.full((1,) * x.ndim, running_mean, jnp.float32)
         batch = jax.jit(lambda x: of_batch(x, shift=shift))(x)
         jax.effects_barrier()

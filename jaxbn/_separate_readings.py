@@ -1,4 +1,4 @@
-"""The moments on a CPU, where each sum reads the batch by itself, and a loop costs nothing."""
+"""The moments where each sum reads the batch by itself, and a loop that does not run is free."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from jaxbn import _fusion
 from jaxbn._readings import ShiftedMoments, count, moments_about, shifted_moments, total
 
 
-def moments_on_cpu(
+def moments_in_separate_readings(
     x: jax.Array,
     mask: jax.Array | None,
     expected: jax.Array,
@@ -58,8 +58,8 @@ def _sums_of_examples(
 ) -> ShiftedMoments:
     """Return the moments about a shift, which is subtracted from the sum of each example.
 
-    On a CPU this is faster: subtracting before adding costs about half a reading. An example is
-    summed about zero, so its sum is rounded at its own size.
+    This is faster than `moments_about`: subtracting before adding costs about half a reading. An
+    example is summed about zero, so its sum is rounded at its own size.
     """
     examples, inner = axes[:1], axes[1:]
     n, n_example = count(x, mask, axes), count(x, mask, inner)
