@@ -17,6 +17,9 @@ from jaxbn._device_checks import more_than_one_value as more_than_one_value
 from jaxbn._device_checks import plain
 from jaxbn._device_checks import well_formed_axis_name as well_formed_axis_name
 
+# The keys of params and of state, which may also have a `count`.
+PARAMS, STATISTICS = ("scale", "bias"), ("mean", "var")
+
 # Floating dtypes that no batch norm can be computed with, and why.
 _UNUSABLE = {
     "float8_e8m0fnu": "which has neither zero nor negative values",
@@ -112,16 +115,35 @@ def feature_axes(axis: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int
     return axes
 
 
+def mapping(
+    name: str,
+    value: Any,
+    required: Sequence[str] = (),
+    *,
+    optional: Sequence[str] | None = None,
+    advice: str = "",
+) -> None:
+    """Check that a value is a mapping and, where `optional` is given, that it has the right keys."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping, got {type(value).__name__}{advice}.")
+    if optional is None or set(required) <= value.keys() <= {*required, *optional}:
+        return
+    must, may = (" and ".join(map(repr, keys)) for keys in (required, optional))
+    wanted = f"must have the keys {must}, and may have" if required else "may have the keys"
+    raise ValueError(f"{name} {wanted} {may}; got {sorted(map(str, value))}.")
+
+
+def floating_leaf(name: str, leaf: Any) -> None:
+    """Check the dtype of a parameter or a statistic."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        got = type(leaf).__name__ if dtype is None else dtype
+        raise TypeError(f"{name} must be an array of a floating dtype, got {got}.")
+    _usable(name, dtype)
+
+
 def params(params: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
-    if not isinstance(params, Mapping):
-        raise ValueError(
-            f"params must be a mapping, got {type(params).__name__}; without scale and bias it "
-            f"is {{}}."
-        )
-    if not params.keys() <= {"scale", "bias"}:
-        raise ValueError(
-            f"params may have the keys 'scale' and 'bias'; got {sorted(map(str, params))}."
-        )
+    mapping("params", params, optional=PARAMS, advice="; without scale and bias it is {}")
     for key, leaf in params.items():
         _leaf(f"params[{key!r}]", leaf, x_shape, axes)
 
@@ -129,13 +151,9 @@ def params(params: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None
 def state(state: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
     if state is None:
         return
-    if not isinstance(state, Mapping):
-        raise ValueError(f"state must be a mapping or None, got {type(state).__name__}.")
-    if not {"mean", "var"} <= state.keys() <= {"mean", "var", "count"}:
-        raise ValueError(
-            f"state must have the keys 'mean' and 'var', and may have 'count'; got "
-            f"{sorted(map(str, state))}."
-        )
+    mapping(
+        "state", state, STATISTICS, optional=("count",), advice="; without statistics it is None"
+    )
     _leaf("state['mean']", state["mean"], x_shape, axes)
     _leaf("state['var']", state["var"], x_shape, axes)
     if "count" in state:
@@ -253,11 +271,7 @@ def _leaf(name: str, leaf: Any, x_shape: tuple[int, ...], axes: tuple[int, ...])
             f"features of x, which has shape {x_shape} with features on axis {plain(axes)}; got "
             f"{np.shape(leaf)}.{advice}"
         )
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        got = type(leaf).__name__ if dtype is None else dtype
-        raise TypeError(f"{name} must be an array of a floating dtype, got {got}.")
-    _usable(name, dtype)
+    floating_leaf(name, leaf)
 
 
 def _leaf_shapes(x_shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]]:

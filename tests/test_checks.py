@@ -159,15 +159,15 @@ CASES = {
         ValueError,
         "params may have the keys 'scale' and 'bias'; got ['weight'].",
     ),
-    "params are no mapping": (
+    "params are not a mapping": (
         {"params": None},
-        ValueError,
+        TypeError,
         "params must be a mapping, got NoneType; without scale and bias it is {}.",
     ),
-    "state is no mapping": (
+    "state is not a mapping": (
         {"state": (0.0, 1.0)},
-        ValueError,
-        "state must be a mapping or None, got tuple.",
+        TypeError,
+        "state must be a mapping, got tuple; without statistics it is None.",
     ),
     "unknown state": (
         {"state": MEAN_VAR | {"average": 1}},
