@@ -10,10 +10,11 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _fusion
-from jaxbn._call import check_options, checked
+from jaxbn._call import checked
 from jaxbn._ghost import in_groups
 from jaxbn._moments import NAME as MOMENTS_NAME
 from jaxbn._moments import moments
+from jaxbn._options import Options
 from jaxbn._running import Estimator, State, update, variance
 
 Params = Mapping[str, jax.Array]
@@ -120,9 +121,12 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift", 2015, algorithms 1 and 2.
     """
+    devices = (axis_name, axis_index_groups)
+    estimators: tuple[Estimator, Estimator] = (batch_variance, running_variance)
+    options = Options(axis, momentum, epsilon, *estimators, *devices, virtual_batch_size)
+    options.check()
     call = checked(params, state, x, train, axis, mask, dtype, virtual_batch_size)
-    estimators, devices = (batch_variance, running_variance), (axis_name, axis_index_groups)
-    check_options(call, state, momentum, epsilon, *estimators, *devices)
+    options.check_fit(call, state)
 
     scale = call.feature(params.get("scale", 1))
     bias = call.feature(params.get("bias", 0))

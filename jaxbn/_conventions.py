@@ -1,10 +1,19 @@
-"""The conventions that batch norms differ by, as keyword arguments of `batch_norm`."""
+"""The presets: the conventions of frameworks, as keyword arguments of `batch_norm`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from jaxbn._running import Estimator
+
+
+class Keywords(TypedDict):
+    """The type of a preset, from which a type checker knows the arguments in `**preset`."""
+
+    momentum: float
+    epsilon: float
+    batch_variance: Estimator
+    running_variance: Estimator
 
 
 # Mapping compares with any other mapping, which the dataclass must not replace.
@@ -36,12 +45,16 @@ class Convention(Mapping[str, Any]):
         return {**other, **self} if isinstance(other, Mapping) else NotImplemented
 
 
-#: PyTorch's, and the defaults of the function `batch_norm`. PyTorch writes the momentum as 0.1, the
-#: weight of the new value.
-PYTORCH = Convention(0.9, 1e-5, "biased", "unbiased")
-#: Flax's, and the defaults of the layers `jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm`.
-FLAX = Convention(0.99, 1e-5, "biased", "biased")
-#: Keras', of `keras.layers.BatchNormalization`.
-KERAS = Convention(0.99, 1e-3, "biased", "biased")
-#: That of the exercise which the project grew from.
-EXERCISE = Convention(0.9, 1e-5, "unbiased", "unbiased")
+def _preset(momentum: float, epsilon: float, batch: Estimator, running: Estimator) -> Keywords:
+    return cast(Keywords, Convention(momentum, epsilon, batch, running))
+
+
+#: PyTorch's convention, and the defaults of the function `batch_norm`. PyTorch writes the momentum
+#: as 0.1, the weight of the new value.
+PYTORCH = _preset(0.9, 1e-5, "biased", "unbiased")
+#: Flax's convention, and the defaults of `jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm`.
+FLAX = _preset(0.99, 1e-5, "biased", "biased")
+#: The convention of `keras.layers.BatchNormalization`.
+KERAS = _preset(0.99, 1e-3, "biased", "biased")
+#: The convention of the exercise that the project grew from.
+EXERCISE = _preset(0.9, 1e-5, "unbiased", "unbiased")

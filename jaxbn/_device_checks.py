@@ -1,51 +1,20 @@
-"""What bad input about devices gets: names of mapped axes, groups of their indices."""
+"""What names and groups of devices get that do not fit the mapped axes around their call."""
 
 import math
 from collections.abc import Hashable, Sequence
 
 import jax
-import numpy as np
 from jax import lax
 
-
-def axis_index_groups(groups: Sequence[Sequence[int]] | None, axis_name: Hashable | None) -> None:
-    if groups is None:
-        return
-    are_groups = isinstance(groups, Sequence) and all(
-        isinstance(group, Sequence) and all(isinstance(i, int | np.integer) for i in group)
-        for group in groups
-    )
-    if not are_groups:
-        raise ValueError(
-            f"axis_index_groups must be a sequence of groups of indices, such as [[0, 1], [2, 3]], "
-            f"got {groups!r}."
-        )
-    if axis_name is None:
-        raise ValueError(
-            f"axis_index_groups={groups!r} are groups of an axis: axis_name must name it, got None."
-        )
-
-
-def well_formed_axis_name(axis_name: Hashable | Sequence[Hashable] | None) -> None:
-    """Check that `axis_name` can be a name, whether or not it is bound."""
-    if axis_name is None:
-        return
-    names = _names(axis_name)
-    if not names or not all(isinstance(n, Hashable) and not isinstance(n, int) for n in names):
-        raise ValueError(
-            f"axis_name must be the name of a mapped axis, a tuple of them, or None, got "
-            f"{axis_name!r}."
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"axis_name must name each mapped axis once, got {axis_name!r}.")
+from jaxbn._call_checks import plain
+from jaxbn._checks import names_of
 
 
 def axis_name(
     axis_name: Hashable | Sequence[Hashable] | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> None:
-    """Check that `axis_name` names mapped axes around the call, which have the groups."""
-    well_formed_axis_name(axis_name)
+    """Check that `axis_name` names mapped axes around the call, and that these can be grouped."""
     if axis_name is None:
         return
     try:
@@ -90,15 +59,11 @@ def more_than_one_value(
         )
 
 
-def _names(axis_name: Hashable | Sequence[Hashable]) -> Sequence[Hashable]:
-    return axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
-
-
 def _has_groups(axis_name: Hashable | Sequence[Hashable], groups: Sequence[Sequence[int]]) -> bool:
-    """Whether JAX implements collectives of groups of this axis."""
+    """Return whether JAX implements collectives over groups of this axis."""
     # The axes of pmap and shard_map are manual axes of a mesh; those of vmap are not. Asking the
     # mesh first matters in a jit within a vmap, where JAX would raise after this trace only.
-    if not set(_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    if not set(names_of(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes):
         return False
     try:
         jax.eval_shape(
@@ -113,8 +78,3 @@ def _devices(axis_name: Hashable | None, groups: Sequence[Sequence[int]] | None)
     if axis_name is None:
         return 1
     return lax.psum(1, axis_name, axis_index_groups=groups)
-
-
-def plain(axes: tuple[int, ...]) -> int | tuple[int, ...]:
-    """One axis as a number, several as they are, for messages."""
-    return axes[0] if len(axes) == 1 else axes

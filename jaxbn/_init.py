@@ -1,4 +1,4 @@
-"""`init` makes the parameters and the state of a batch norm."""
+"""The initial parameters and state of a batch norm."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxbn import _checks
+from jaxbn import _call_checks, _checks
 from jaxbn._moments import statistics_dtype
 
 
@@ -20,23 +20,25 @@ def init(
     keepdims: bool = False,
     track_count: bool = False,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Parameters and state of a batch norm over inputs of one shape.
+    """Make the parameters and the state of a batch norm, for inputs of one shape.
 
     Args:
-      shape: the input's shape. Only the sizes along `axis` matter.
+      shape: the shape of the input. Only the sizes along `axis` matter.
       axis: the feature axis, or axes; every other axis is reduced.
       use_scale: whether the parameters hold a `scale`, ones.
       use_bias: whether the parameters hold a `bias`, zeros.
-      param_dtype: the parameters' dtype. The state has it too, but never less than float32.
-      keepdims: leaves of the shape that broadcasts against the input, (1, C, 1, 1), not (C,).
+      param_dtype: the dtype of the parameters. The state has it too, or float32 where that is
+        wider.
+      keepdims: whether leaves have the shape that broadcasts against the input, such as
+        (1, C, 1, 1), instead of (C,).
       track_count: whether the state counts training batches, which `momentum=None` needs.
 
     Returns:
-      `params`, with `scale` and `bias`, and `state`, with `mean` (zeros), `var` (ones) and, where
-      asked for, `count` (int32, 0).
+      `params`, with `scale` and `bias`, and `state`, with `mean` (zeros), `var` (ones) and, with
+      `track_count`, `count` (an int32 scalar, 0).
 
     Raises:
-      ValueError: `shape` is no sequence of sizes, or `axis` is out of its range.
+      ValueError: `shape` is not a sequence of sizes, or `axis` is out of its range.
       TypeError: `param_dtype` is not floating.
 
     Example:
@@ -46,7 +48,7 @@ def init(
       {'bias': (16,), 'mean': (16,), 'scale': (16,), 'var': (16,)}
     """
     shape = _checks.shape(shape)
-    feature_axes = _checks.feature_axes(axis, shape)
+    feature_axes = _call_checks.feature_axes(axis, shape)
     param_dtype = _checks.floating_dtype("param_dtype", param_dtype)
     state_dtype = statistics_dtype(param_dtype)
     kept = range(len(shape)) if keepdims else feature_axes

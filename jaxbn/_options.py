@@ -1,53 +1,59 @@
-"""What the Linen and NNX layers share: their options are checked, their inputs converted."""
+"""The options of a batch norm: one list of them, which the function and the layers share."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike, DTypeLike
-
-from jaxbn import _checks
+from jaxbn import _call_checks, _checks, _device_checks
+from jaxbn._call import Call
+from jaxbn._moments import statistics_dtype
+from jaxbn._running import Estimator
 
 
-def check(layer: Any) -> None:
-    """Raise if an option of the layer is bad, whatever the input.
+class Options(NamedTuple):
+    """How the statistics are found, tracked and used. `batch_norm` documents each option.
 
-    Without this, initialization would accept options that only a training step looks at.
+    A new option is added here, with a check, to the signature and the docstring of `batch_norm`,
+    and to those of the layers, which hand on whatever is listed here.
     """
-    if layer.use_running_average is not None:
-        _checks.python_bool("use_running_average", layer.use_running_average)
-    _checks.python_bool("use_bias", layer.use_bias)
-    _checks.python_bool("use_scale", layer.use_scale)
-    _checks.momentum(layer.momentum, None, train=False)
-    _checks.epsilon(layer.epsilon, False, jnp.dtype(jnp.float32))
-    if layer.dtype is not None:
-        _checks.floating_dtype("dtype", layer.dtype)
-    _checks.floating_dtype("param_dtype", layer.param_dtype)
-    _checks.well_formed_axis_name(layer.axis_name)
-    _checks.axis_index_groups(layer.axis_index_groups, layer.axis_name)
-    _checks.estimator("batch_variance", layer.batch_variance)
-    _checks.estimator("running_variance", layer.running_variance)
-    _checks.virtual_batch_size(layer.virtual_batch_size, (1,), (), use_batch=False)
 
+    axis: int | Sequence[int]
+    momentum: float | None
+    epsilon: float
+    batch_variance: Estimator
+    running_variance: Estimator
+    axis_name: Hashable | Sequence[Hashable] | None
+    axis_index_groups: Sequence[Sequence[int]] | None
+    virtual_batch_size: int | None
 
-def floating_input(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
-    """Return `x` as Flax converts it: floating, and in float64 where `dtype` is."""
-    is_array = isinstance(x, jax.Array | np.ndarray)
-    if is_array and (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_):
-        x = jnp.asarray(x, jnp.float32)
-    x = _checks.floating_array("x", x)
-    is_wider = dtype is not None and jnp.result_type(x, dtype) == jnp.float64
-    return x.astype(jnp.float64) if is_wider else x
+    @classmethod
+    def of(cls, layer: Any) -> "Options":
+        """Return the options that a layer has as attributes of the same names."""
+        return cls(*(getattr(layer, name) for name in cls._fields))
 
+    def check(self) -> None:
+        """Check that each option is valid by itself."""
+        _checks.axis(self.axis)
+        _checks.momentum(self.momentum)
+        _checks.epsilon(self.epsilon)
+        _checks.estimator("batch_variance", self.batch_variance)
+        _checks.estimator("running_variance", self.running_variance)
+        _checks.axis_name(self.axis_name)
+        _checks.axis_index_groups(self.axis_index_groups, self.axis_name)
+        _checks.virtual_batch_size(self.virtual_batch_size)
 
-def boolean_mask(mask: ArrayLike | Sequence[Any] | None) -> Any:
-    """Return a mask of numbers as booleans: nonzero where a value counts, as in Flax."""
-    if isinstance(mask, list | tuple):
-        mask = np.asarray(mask)
-    if isinstance(mask, jax.Array | np.ndarray) and (
-        jnp.issubdtype(mask.dtype, jnp.integer) or jnp.issubdtype(mask.dtype, jnp.floating)
-    ):
-        return jnp.asarray(mask) != 0
-    return mask
+    def check_fit(self, call: Call, state: Mapping[str, Any] | None) -> None:
+        """Check that the options fit a call: its shapes, its dtype, its state and its devices."""
+        _call_checks.momentum(self.momentum, state, call.train)
+        _call_checks.epsilon(self.epsilon, call.use_batch, statistics_dtype(call.x.dtype))
+        if self.momentum is None and call.mask is not None and call.train and state is not None:
+            shape, axes = call.mask.shape, call.feature_axes
+            _call_checks.cumulative_average(shape, axes, self.running_variance)
+        if not call.use_batch:
+            return
+        devices = (self.axis_name, self.axis_index_groups)
+        _device_checks.axis_name(*devices)
+        if "unbiased" in (self.batch_variance, self.running_variance):
+            # Devices share the values of a batch, but not those of a group.
+            among = devices if call.ghosts is None else (None, None)
+            shape, axes = call.x.shape, call.feature_axes
+            _device_checks.more_than_one_value(shape, axes, call.ghosts, *among)

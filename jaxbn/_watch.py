@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxbn import _checks, _options
+from jaxbn import _call_checks, _layers
 from jaxbn._batch_norm import batch_norm
 from jaxbn._batches import arguments
 from jaxbn._moments import Moments, moments, statistics_dtype
@@ -109,7 +109,7 @@ def _linen(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Model
             call = _first_free(lambda name: layer.has_variable("batch_stats", name))
             params = unbox({k: layer.get_variable("params", k) for k in ("scale", "bias")})
             dtype = canonicalize_dtype(x, *params.values(), dtype=layer.dtype)
-            x = _options.floating_input(x, layer.dtype)
+            x = _layers.floating_input(x, layer.dtype)
             given = layer.get_variable("batch_stats", f"{_GIVEN}{call}")
             y, observed = _normalize(layer, x, mask, params, given, dtype)
             layer.put_variable("batch_stats", f"{_OBSERVED}{call}", observed)
@@ -271,8 +271,8 @@ def _normalize(
     dtype: DTypeLike,
 ) -> tuple[jax.Array, Observed]:
     """Return the layer's output, normalized by `given` or else by its own moments, and those."""
-    feature_axes = _checks.feature_axes(layer.axis, x.shape)
-    mask = _checks.mask(_options.boolean_mask(mask), x.shape)
+    feature_axes = _call_checks.feature_axes(layer.axis, x.shape)
+    mask = _call_checks.mask(_layers.boolean_mask(mask), x.shape)
     own_params = {name: leaf for name, leaf in params.items() if leaf is not None}
     wide = x.astype(statistics_dtype(x.dtype))
     reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)

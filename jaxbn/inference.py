@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxbn import _checks, _linen_variables
+from jaxbn import _call_checks, _checks, _linen_variables
 from jaxbn._batch_norm import Params, State
 from jaxbn._linen_variables import is_box
 from jaxbn._moments import statistics_dtype
@@ -101,7 +101,8 @@ def fold(
         bias_shape, bias_dtype = np.shape(bias), layer["bias"].dtype
     leaves = (kernel, *norm.values(), *layer.values())
     dtype = statistics_dtype(*(leaf.dtype for leaf in leaves))
-    _checks.epsilon(epsilon, False, dtype)
+    _checks.epsilon(epsilon)
+    _call_checks.epsilon(epsilon, False, dtype)
     _check_variance(state["var"], epsilon, dtype)
     norm, layer = jax.tree.map(lambda leaf: leaf.astype(dtype), (norm, layer))
 
@@ -210,7 +211,7 @@ def _folded_layer(
 
 
 def _output_axis(axis: Any, kernel_shape: tuple[int, ...]) -> int:
-    axes = _checks.feature_axes(axis, kernel_shape)
+    axes = _call_checks.feature_axes(axis, kernel_shape)
     if len(axes) != 1:
         raise ValueError(f"axis must be one axis, that of the kernel's features, got {axis!r}.")
     return axes[0]

@@ -1,7 +1,6 @@
 """`BatchNorm` for `flax.linen`: where its parameters and statistics live. No arithmetic."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,11 +10,21 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _checks, _options
-from jaxbn._batch_norm import Estimator, batch_norm
+from jaxbn import _call_checks, _checks, _layers
+from jaxbn._batch_norm import batch_norm
 from jaxbn._init import init
+from jaxbn._running import Estimator
 
 __all__ = ["BatchNorm"]
+
+# Initialization needs neither the devices nor more than one value.
+_INITIALIZING = {
+    "batch_variance": "biased",
+    "running_variance": "biased",
+    "axis_name": None,
+    "axis_index_groups": None,
+    "virtual_batch_size": None,
+}
 
 
 class BatchNorm(nn.Module):
@@ -117,9 +126,9 @@ class BatchNorm(nn.Module):
             "use_running_average",
             nn.merge_param("use_running_average", self.use_running_average, use_running_average),
         )
-        _options.check(self)
-        given, x = x, _options.floating_input(x, self.dtype)
-        feature_axes = _checks.feature_axes(self.axis, x.shape)
+        options = _layers.checked_options(self)
+        given, x = x, _layers.floating_input(x, self.dtype)
+        feature_axes = _call_checks.feature_axes(self.axis, x.shape)
         features = tuple(x.shape[a] for a in feature_axes)
 
         # Statistics without a count are not given one here: an average that began at zero would
@@ -135,41 +144,20 @@ class BatchNorm(nn.Module):
         }
         params = {}
         if self.use_scale:
+            _checks.function("scale_init", self.scale_init)
             params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
         if self.use_bias:
+            _checks.function("bias_init", self.bias_init)
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
 
-        options: dict[str, Any] = {
-            "axis": self.axis,
-            "epsilon": self.epsilon,
-            "mask": _options.boolean_mask(mask),
-            "dtype": canonicalize_dtype(given, *params.values(), dtype=self.dtype),
-        }
+        options["mask"] = _layers.boolean_mask(mask)
+        options["dtype"] = canonicalize_dtype(given, *params.values(), dtype=self.dtype)
         if self.is_initializing() and not use_running_average:
-            # Only the output's shape and dtype matter: any batch will do, of one device.
-            y, _ = batch_norm(
-                params,
-                None,
-                x,
-                True,
-                batch_variance="biased",
-                running_variance="biased",
-                **options,
-            )
-            return y
-        y, state = batch_norm(
-            params,
-            {name: stat.value for name, stat in stats.items()},
-            x,
-            not use_running_average,
-            momentum=self.momentum,
-            batch_variance=self.batch_variance,
-            running_variance=self.running_variance,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            virtual_batch_size=self.virtual_batch_size,
-            **options,
-        )
+            # Only the shape and the dtype of the output matter, so any batch of one device will do.
+            options |= _INITIALIZING
+            return batch_norm(params, None, x, True, **options)[0]
+        state = {name: stat.value for name, stat in stats.items()}
+        y, state = batch_norm(params, state, x, not use_running_average, **options)
         if not use_running_average:
             _assign(stats, state)
         return y

@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn import _checks, _options
-from jaxbn._batch_norm import Estimator, batch_norm
+from jaxbn import _call_checks, _checks, _layers
+from jaxbn._batch_norm import batch_norm
 from jaxbn._init import init
+from jaxbn._running import Estimator
 
 __all__ = ["BatchNorm"]
 
@@ -115,9 +115,7 @@ class BatchNorm(nnx.Module):
         running_variance: Estimator = "biased",
         virtual_batch_size: int | None = None,
     ):
-        _checks.axis_index_groups(axis_index_groups, axis_name)
-        if not callable(promote_dtype):
-            raise TypeError(f"promote_dtype must be a function, got {promote_dtype!r}.")
+        _checks.function("promote_dtype", promote_dtype)
         # Attributes that are not variables are part of the graph definition, which is hashed.
         self.num_features = _hashable(num_features)
         self.use_running_average = use_running_average
@@ -135,8 +133,8 @@ class BatchNorm(nnx.Module):
         self.batch_variance: Estimator = batch_variance
         self.running_variance: Estimator = running_variance
         self.virtual_batch_size = virtual_batch_size
+        _layers.checked_options(self)
         features = _sizes(num_features, axis)
-        _options.check(self)
 
         _, initial = init(
             features,
@@ -151,10 +149,12 @@ class BatchNorm(nnx.Module):
             self.count = nnx.BatchStat(initial["count"])
         self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
         if use_scale:
+            _checks.function("scale_init", scale_init)
             scale = scale_init(rngs.params(), features, param_dtype)
             self.scale = nnx.Param(scale, **scale_metadata)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         if use_bias:
+            _checks.function("bias_init", bias_init)
             bias = bias_init(rngs.params(), features, param_dtype)
             self.bias = nnx.Param(bias, **bias_metadata)
 
@@ -188,8 +188,8 @@ class BatchNorm(nnx.Module):
                 "it to BatchNorm or to the call, or set it with train(), eval() or nnx.view."
             )
         use_running_average = _checks.python_bool("use_running_average", use_running_average)
-        shape = _options.floating_input(x, self.dtype).shape
-        features = tuple(shape[a] for a in _checks.feature_axes(self.axis, shape))
+        shape = _layers.floating_input(x, self.dtype).shape
+        features = tuple(shape[a] for a in _call_checks.feature_axes(self.axis, shape))
         if features != _sizes(self.num_features, self.axis):
             raise ValueError(
                 f"x of shape {shape} has {features} features on axis={self.axis!r}, where the "
@@ -208,22 +208,9 @@ class BatchNorm(nnx.Module):
         if use_running_average:
             state = {"mean": mean, "var": var}
         params = {k: v for k, v in {"scale": scale, "bias": bias}.items() if v is not None}
-        y, state = batch_norm(
-            params,
-            state,
-            x,
-            not use_running_average,
-            axis=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            batch_variance=self.batch_variance,
-            running_variance=self.running_variance,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            virtual_batch_size=self.virtual_batch_size,
-            mask=_options.boolean_mask(mask),
-            dtype=dtype,
-        )
+        options = _layers.checked_options(self)
+        options |= {"mask": _layers.boolean_mask(mask), "dtype": dtype}
+        y, state = batch_norm(params, state, x, not use_running_average, **options)
         if not use_running_average:
             for name, stat in stats.items():
                 stat.set_value(state[name])
@@ -251,7 +238,7 @@ def promoted(
     """
     result = layer.promote_dtype((x, *others), dtype=layer.dtype)
     dtype = canonicalize_dtype(result[0], *result[3:], dtype=layer.dtype)
-    given = (_options.floating_input(x, layer.dtype), *others)
+    given = (_layers.floating_input(x, layer.dtype), *others)
     return tuple(map(_unless_narrower, result, given)), jnp.dtype(dtype)
 
 
@@ -264,9 +251,7 @@ def _unless_narrower(new: Any, old: Any) -> Any:
 
 def _sizes(num_features: int | Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
     """The size of each feature axis."""
-    axes = axis if isinstance(axis, Sequence) else (axis,)
-    if not all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in axes):
-        raise ValueError(f"axis must be an integer or a sequence of them, got {axis!r}.")
+    axes = _checks.axis(axis)
     given = num_features if isinstance(num_features, Sequence) else (num_features,)
     try:
         sizes = tuple(operator.index(n) for n in given)

@@ -1,5 +1,7 @@
 """The presets: what they compute, and that they behave as immutable mappings."""
 
+# pyright: reportCallIssue=true, reportUnnecessaryTypeIgnoreComment=true
+
 import copy
 import dataclasses
 import pickle
@@ -54,11 +56,22 @@ def test_pytorch_is_the_default():
     jax.tree.map(np.testing.assert_array_equal, plain, splatted)
 
 
+def test_type_checkers_see_into_presets():
+    # Pyright reports a comment that silences nothing.
+    x = normal((6, 3))
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'momentum'"):
+        jaxbn.batch_norm({}, None, x, True, momentum=0.5, **jaxbn.KERAS)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'epsilon'"):
+        jaxbn.linen.BatchNorm(epsilon=0.1, **jaxbn.KERAS)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        jaxbn.init(x.shape, **jaxbn.KERAS)  # pyright: ignore[reportCallIssue]
+
+
 def test_presets_cannot_be_changed():
     with pytest.raises(TypeError):
-        jaxbn.FLAX["momentum"] = 0.5  # type: ignore[index]
+        jaxbn.FLAX["momentum"] = 0.5
     with pytest.raises(dataclasses.FrozenInstanceError):
-        jaxbn.FLAX.momentum = 0.5  # type: ignore[misc]
+        jaxbn.FLAX.momentum = 0.5
     assert jaxbn.FLAX["momentum"] == 0.99
 
 

@@ -1,0 +1,50 @@
+"""What the Linen and NNX layers share: checks of their options, conversions of their inputs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn import _checks
+from jaxbn._options import Options
+
+
+def checked_options(layer: Any) -> dict[str, Any]:
+    """Return the options that a layer hands on to `batch_norm`, once all its options are valid.
+
+    Without this check, initialization would accept options that only a training step uses.
+    """
+    options = Options.of(layer)
+    options.check()
+    if layer.use_running_average is not None:
+        _checks.python_bool("use_running_average", layer.use_running_average)
+    for name in ("use_bias", "use_scale"):
+        _checks.python_bool(name, getattr(layer, name))
+    if layer.dtype is not None:
+        _checks.floating_dtype("dtype", layer.dtype)
+    _checks.floating_dtype("param_dtype", layer.param_dtype)
+    return options._asdict()
+
+
+def floating_input(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
+    """Return `x` as Flax converts it: floating, and in float64 where `dtype` is."""
+    is_array = isinstance(x, jax.Array | np.ndarray)
+    if is_array and (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_):
+        x = jnp.asarray(x, jnp.float32)
+    x = _checks.floating_array("x", x)
+    is_wider = dtype is not None and jnp.result_type(x, dtype) == jnp.float64
+    return x.astype(jnp.float64) if is_wider else x
+
+
+def boolean_mask(mask: ArrayLike | Sequence[Any] | None) -> Any:
+    """Return a mask of numbers as booleans: nonzero where a value counts, as in Flax."""
+    if isinstance(mask, list | tuple):
+        mask = np.asarray(mask)
+    if isinstance(mask, jax.Array | np.ndarray) and (
+        jnp.issubdtype(mask.dtype, jnp.integer) or jnp.issubdtype(mask.dtype, jnp.floating)
+    ):
+        return jnp.asarray(mask) != 0
+    return mask
