@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -116,8 +117,9 @@ def test_the_code_in_the_readme_runs():
     assert names["y"].shape == names["x"].shape
 
 
-def test_the_readme_prints_the_two_commands():
+def test_the_readme_prints_the_commands():
     for command in (
+        "pip install -e .",
         'pip install -e ".[examples]" && python -m train_examples.digits',
         'pip install -e ".[test]" && pytest',
     ):
@@ -134,7 +136,24 @@ def test_the_table_of_conventions_says_what_the_presets_are(preset):
     assert (batch, running) == (convention["batch_variance"], convention["running_variance"])
 
 
-PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("train_examples/*/README.md")]
+# A package index shows the README without the files beside it.
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+FILES = re.compile(
+    re.escape(f"{REPOSITORY}/blob/main/")
+    + "|"
+    + re.escape(f"{REPOSITORY.replace('//github.com', '//raw.githubusercontent.com')}/main/")
+)
+
+
+def test_links_of_the_readme_are_absolute_and_lead_to_files():
+    targets = re.findall(r"\]\(([^)#]+)", README)
+    assert len(targets) > 10
+    for target in targets:
+        assert FILES.match(target), target
+        assert (ROOT / FILES.sub("", target)).is_file(), target
+
+
+PAGES = [*ROOT.glob("docs/*.md"), *ROOT.glob("train_examples/*/README.md")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
