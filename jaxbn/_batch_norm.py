@@ -18,8 +18,8 @@ from jaxbn._options import Options
 from jaxbn._running import Estimator, State, update, variance
 
 Params = Mapping[str, jax.Array]
-# The backward pass needs x, in the dtype that it came in, and the moments. The rest is arithmetic
-# on single values, which costs less to repeat than to keep.
+# The backward pass needs x, in its own dtype, and the moments. All else is arithmetic on single
+# values, which costs less to repeat than to keep.
 _keep_only_moments = partial(
     jax.checkpoint,
     policy=jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME),
@@ -45,7 +45,7 @@ def batch_norm(
     dtype: DTypeLike | None = None,
     virtual_batch_size: int | None = None,
 ) -> tuple[jax.Array, StateT]:
-    r"""Batch normalization of `x`, and the state after it.
+    r"""Normalize a batch, and return it with the new state.
 
     .. math::
 
@@ -66,49 +66,49 @@ def batch_norm(
 
     Args:
       params: a mapping with `scale` and `bias`, either or both of which may be missing. Leaves have
-        the features' shape, (C,), or the one that broadcasts against `x`, such as (1, C, 1, 1).
+        the shape of the features, (C,), or one that broadcasts against `x`, such as (1, C, 1, 1).
       state: a mapping with `mean`, `var` and, optionally, `count`, of the same shapes (`count` is a
-        scalar of at least 32 bits). None means that none is kept: the batch's own statistics are
-        used in both modes.
+        scalar of at least 32 bits). With None, nothing is tracked, and the statistics of the
+        batch are used in both modes.
       x: the input, of any floating dtype but float8_e8m0fnu (which has no zero) and float6, with
         features on `axis`. A feature may deviate by up to 1e16 from its mean in float32, and from
         zero in half precision, so that squares do not overflow.
-      train: whether to use, and to track, the batch's statistics; a Python bool.
+      train: whether to use and to track the statistics of the batch; a Python bool.
       axis: the feature axis, or axes; every other axis is reduced.
-      momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
-        weights all batches so far equally, and needs `count` in the state. It counts a batch once,
-        for all features and both statistics, so a `mask` must then have size 1 along the features,
-        and `running_variance` must be "biased".
-      epsilon: what is added to the variance, in units of `x` squared; a number that is finite in
-        the dtype of the statistics.
-      batch_variance: the estimator that normalizes, "biased" (divided by n) or "unbiased" (n - 1).
-      running_variance: the estimator that is tracked.
+      momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. With
+        None, all batches so far have the same weight, which needs `count` in the state. It counts a
+        batch once, for all features and both statistics, so a `mask` must then have size 1 along
+        the features, and `running_variance` must be "biased".
+      epsilon: the number that is added to the variance, in units of `x` squared; finite in the
+        dtype of the statistics, and positive where the statistics of the batch are used.
+      batch_variance: the estimator of the variance that normalizes the batch, "biased" (divided by
+        n) or "unbiased" (by n - 1).
+      running_variance: the estimator of the variance that is tracked.
       axis_name: the mapped axis, or axes, (of `vmap`, `pmap`, `shard_map`) that share statistics.
-        Under `jit` with sharded arrays none is needed. Evaluation with a state ignores it. Where
-        `state` is None, evaluation uses the statistics of the batch, so it shares them as training
-        does, and the axis must be bound.
+        Under `jit` with sharded arrays none is needed. Evaluation with a state ignores it; without
+        a state it shares statistics as training does, so the axis must be bound.
       axis_index_groups: groups of indices of `axis_name` that share statistics, all of one size;
-        by default all do. JAX has them in `pmap` and in `shard_map` with `check_vma=False` only.
+        by default all do. JAX has groups in `pmap` and in `shard_map` with `check_vma=False` only.
       mask: booleans that broadcast against `x`, True where a value counts. Masked-out values affect
-        nothing; the output there is `bias`. A batch without a value that counts leaves the state
+        nothing, and the output there is `bias`. A batch in which no value counts leaves the state
         unchanged.
       dtype: the dtype of `y`, by default that of `x`.
       virtual_batch_size: normalizes each group of this many consecutive examples, along the first
         non-feature axis, with that group's own statistics (ghost batches). The state moves towards
-        the mean of the groups' statistics, over the devices of `axis_name` too, which then share
-        nothing else.
+        the mean of the statistics of all groups, on all devices of `axis_name`, which share nothing
+        else then.
 
     Returns:
       `y`, of the shape of `x`, and the new state, of the shapes of the old. Statistics are computed
-      in float32, or float64 where `x` is, and kept in it or in the state's dtype where that is
-      wider, whatever the dtypes of `momentum` and `epsilon`. The new state is a mapping of the same
-      kind as the old one (a `FrozenDict` for a `FrozenDict`), or a dict where that kind is not
+      in float32, or in float64 if `x` is, and kept in that dtype or in that of the state, whichever
+      is wider, whatever the dtypes of `momentum` and `epsilon`. The new state is a mapping of the
+      same kind as the old one (a `FrozenDict` for a `FrozenDict`), or a dict if that kind is not
       registered as a pytree. No gradient flows into it. Evaluation returns `state` itself.
 
     Raises:
-      ValueError: an argument that is out of its range or does not fit the others; one value per
-        feature where an unbiased variance is asked for.
-      TypeError: an argument of the wrong dtype.
+      ValueError: an argument is out of its range or does not fit the others; there is one value
+        per feature, and an unbiased variance is asked for.
+      TypeError: an argument has the wrong dtype, or `params` or `state` is not a mapping.
 
     Example:
       >>> import jax, jaxbn
@@ -132,7 +132,7 @@ def batch_norm(
     bias = call.feature(params.get("bias", 0))
     running = None if state is None else [call.feature(state[key]) for key in ("mean", "var")]
     eps = jnp.asarray(epsilon, scale.dtype)
-    # Devices share the statistics that normalize or, of ghost batches, those that are tracked.
+    # Devices share the statistics that normalize or, with ghost batches, those that are tracked.
     no_devices = (None, None)
     sharing, averaging = (devices, no_devices) if call.ghosts is None else (no_devices, devices)
 
@@ -144,7 +144,7 @@ def batch_norm(
 
     @_keep_only_moments
     def normalize_by_batch(x, mask, scale, bias, running_mean):
-        # Else XLA for CPUs keeps, and normalizes, the wider numbers that `x` was rounded from.
+        # Otherwise XLA for CPUs keeps and normalizes the wider values that `x` was rounded from.
         (x,) = _fusion.own_reading(x.dtype, x)
         wide = x.astype(scale.dtype)
         batch = moments(wide, mask, running_mean, x.dtype, call.axes, *sharing)
@@ -165,9 +165,9 @@ def batch_norm(
 
 
 def _normalize(x, input_dtype, mask, scale, bias, mean_high, mean_low, var):
-    """Return `scale (x - mean) / sqrt(var) + bias`, and `bias` where the mask is false.
+    """Return `scale (x - mean) / sqrt(var) + bias`, and `bias` where the mask is False.
 
-    What is constant within a feature is computed once, so that the derivative takes two sums.
+    The slope and the offset are computed once per feature, so that the derivative takes two sums.
     """
     slope = scale / jnp.sqrt(var)
     offset = bias - mean_low * slope

@@ -19,9 +19,9 @@ class Call(NamedTuple):
       mask: None, or booleans of the rank of `x`.
       feature_axes: the feature axes, as increasing numbers from 0.
       dtype: the dtype of the output.
-      ghosts: the axis of the examples and the size of a group of them, or None.
-      train: whether the state moves.
-      use_batch: whether the batch's own statistics normalize.
+      ghosts: the axis of the examples and the size of a group, or None without ghost batches.
+      train: whether the state is updated.
+      use_batch: whether the statistics of the batch normalize it.
     """
 
     x: jax.Array

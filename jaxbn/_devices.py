@@ -1,4 +1,4 @@
-"""The moments of several devices, from each one's."""
+"""The moments of a batch that is spread over devices, merged from those of each device."""
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ def across_devices(
     axis_name: Hashable | Sequence[Hashable],
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> Moments:
-    """Return the moments of the values of all devices, given those of each one's."""
+    """Return the moments of the values on all devices, given those of the values on this one."""
     names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
     if is_half(input_dtype):
         sum_over_devices = partial(lax.psum, axis_name=names, axis_index_groups=axis_index_groups)
@@ -27,18 +27,18 @@ def across_devices(
 
 
 def merge(parts: Moments) -> Moments:
-    """Return the moments of all devices, given each one's on the first axis (Chan et al., 1979)."""
+    """Merge the moments of all devices, stacked on the first axis (Chan et al., 1979)."""
     n = total(parts.n, (0,))
     weight = parts.n / jnp.maximum(n, 1)
     mean_high, mean_low = jnp.zeros_like(n), jnp.zeros_like(n)
     deviation = parts.mean_low
     for _ in range(3):
-        # About zero, about the mean but for rounding, and about the number nearest to the mean.
+        # First about zero, then about the rounded mean, then about the float nearest to the mean.
         mean_high = mean_high + mean_low
         deviation = (parts.mean_high - mean_high) + parts.mean_low
         mean_low = total(weight * deviation, (0,))
     between = deviation - mean_low
-    # Weighted before it is squared, which would overflow where the mean of the squares does not.
+    # Weight before squaring: the square may overflow where the mean of the squares does not.
     var = total(weight * parts.var + between * (weight * between), (0,))
     return Moments(*(value[0] for value in (n, mean_high, mean_low, var)))
 
@@ -46,8 +46,8 @@ def merge(parts: Moments) -> Moments:
 def merge_about_zero(
     own: Moments, input_dtype: DTypeLike, sum_over_devices: Callable[[jax.Array], jax.Array]
 ) -> Moments:
-    """Return the moments of all devices for inputs in half precision, with one sum over them."""
-    # In units of 2^20 values, the sums do not overflow for values up to 1e16.
+    """Merge the moments of all devices with one sum, which is enough for half precision."""
+    # Counted in units of 2^20 values, so that the sums do not overflow for values up to 1e16.
     share = own.n * 2.0**-20
     row = own.n, share * own.mean, share * (own.var + jnp.square(own.mean))
     n, mean, square = sum_over_devices(jnp.stack(jnp.broadcast_arrays(*row)))
@@ -60,12 +60,12 @@ def merge_about_zero(
 def gather(
     own: Moments, names: tuple[Hashable, ...], axis_index_groups: Sequence[Sequence[int]] | None
 ) -> Moments:
-    """Return every device's moments, stacked on a new first axis.
+    """Return the moments of every device, stacked on a new first axis.
 
-    This is one collective, or one for each name where `vmap` has bound one of several.
+    This takes one collective for all axes of `pmap` or `shard_map`, and one for each of `vmap`.
     """
     row = jnp.stack(jnp.broadcast_arrays(*own))
-    # Where `shard_map` checks, this makes the row vary over the devices, even if `x` does not; the
+    # If `shard_map` checks, this makes the row vary over the devices even if `x` does not, and the
     # table is then known to be the same on all of them.
     row = row + 0 * lax.axis_index(names).astype(row.dtype)
     varying = jax.typeof(row).manual_axis_type.varying

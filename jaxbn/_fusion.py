@@ -1,6 +1,6 @@
-"""Workarounds for single compilers, so that each reads a batch as rarely as possible.
+"""Workarounds for XLA's compilers, so that each of them reads a batch as rarely as possible.
 
-Only this module knows of platforms. docs/performance.md counts what each form is for.
+Only this module knows of platforms. docs/performance.md counts what each workaround gains.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ def by_platform(*arguments: jax.Array, **forms: Callable[..., Any]) -> Any:
 
 
 def by_readings(x: jax.Array, one: Callable[..., Any], separate: Callable[..., Any]) -> Any:
-    """Apply `one` where several sums share a reading of `x`, and `separate` where they do not."""
+    """Apply `one` if the platform lets several sums share a reading of `x`, else `separate`."""
     return by_platform(x, default=one, cpu=separate)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def own_reading(input_dtype: DTypeLike, x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    """Return `x` and `others`, so that on a CPU a sum over them reads `x` by itself.
+    """Return the arguments unchanged, on a CPU behind a barrier that makes a sum read `x` itself.
 
-    XLA for CPUs gives each sum a loop of its own. What two sums share, such as a conversion or a
-    subtraction, it computes once and writes out, where each could compute it on its way. A barrier
-    over different `others` for each sum keeps them from sharing. `input_dtype` is the dtype in
-    which the values of `x` came, and are read.
+    XLA for CPUs gives each sum a loop of its own. An operation that two sums share, such as a
+    conversion or a subtraction, it computes once and writes to memory, although each loop could
+    compute it on the fly. A barrier over different `others` for each sum prevents the sharing. The
+    barrier holds `x` in `input_dtype`, the dtype of the input, so that this is what is read.
     """
 
     def barrier(x, *others):
@@ -43,7 +43,7 @@ def own_reading(input_dtype: DTypeLike, x: jax.Array, *others: jax.Array) -> tup
 @own_reading.defjvp
 def _own_reading_jvp(input_dtype, primals, tangents):
     own = own_reading(input_dtype, *primals)
-    # A barrier gives all that passes it the mapped axes of each, which tangents must have too.
+    # A barrier gives all its operands the mapped axes of each; tangents must have them too.
     return own, tuple(d + jnp.zeros_like(v) for d, v in zip(tangents, own, strict=True))
 
 
@@ -57,23 +57,23 @@ def line(
 
 @line.defjvp
 def _line_jvp(input_dtype, primals, tangents):
-    """The product rule, with the part whose transpose is two sums in the form of the platform."""
+    """Apply the product rule, with the part whose transpose is two sums by platform."""
     x, shift, slope, _ = primals
     dx, dshift, dslope, doffset = tangents
     summed = _summed_by_transpose(input_dtype, x, shift, dslope, doffset)
     return line(input_dtype, *primals), (dx - dshift) * slope + summed
 
 
-# Compiled even where the caller is not, which would run its operations one by one.
+# Compiled even if the caller is not: one by one, its operations would take more readings.
 @partial(jax.jit, static_argnums=0)
 def _summed_by_transpose(
     input_dtype: DTypeLike, x: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array
 ) -> jax.Array:
     """Return `(x - shift) * slope + offset`, whose transpose in slope and offset is two sums.
 
-    XLA for GPUs fuses what comes before the sums of a backward pass, such as the derivative of a
-    relu, with a single sum but not with two. There the two are the real and the imaginary part of
-    one sum.
+    XLA for GPUs fuses the operations before a sum of the backward pass, such as the derivative of a
+    relu, with a single sum but not with two. So there the two sums are the real and the imaginary
+    part of one complex sum.
     """
 
     def plain(x, shift, slope, offset):
@@ -97,7 +97,7 @@ def _summed_by_transpose(
 
 
 def _varying_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
-    """Return values that vary over the same devices where `shard_map` checks, as forms must."""
+    """Make all values vary over the same devices, as `platform_dependent` requires."""
     varying = [jax.typeof(value).manual_axis_type.varying for value in values]
     everywhere = frozenset().union(*varying)
     return tuple(

@@ -1,4 +1,4 @@
-"""Ghost batches: groups of examples with statistics of their own (Hoffer et al., 2017)."""
+"""Ghost batches: groups of examples, each with its own statistics (Hoffer et al., 2017)."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,12 @@ from jaxbn._moments import Moments
 def in_groups(
     normalize: Callable[..., tuple[jax.Array, Moments]], ghosts: tuple[int, int] | None
 ) -> Callable[..., tuple[jax.Array, Moments]]:
-    """Return `normalize` of each group of `size` examples on `axis`, given as `ghosts`.
+    """Return a function that applies `normalize` to groups of examples.
 
-    Its arguments come with the groups on `axis` and the examples of a group on the next one. The
-    result has `y` in the shape of `x`, and the moments stacked over groups on a new first axis.
-    Without `ghosts` the whole batch is the only group.
+    `ghosts` is the axis of the examples and the size of a group. `normalize` gets its arguments
+    with the groups on that axis and the examples of a group on the next. The returned function
+    gives `y` in the shape of `x`, and moments stacked over groups on a new first axis. If `ghosts`
+    is None, the whole batch is the only group.
     """
     if ghosts is None:
 

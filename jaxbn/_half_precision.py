@@ -22,10 +22,11 @@ def is_half(dtype: DTypeLike) -> bool:
 def exact_if_constant(batch: ShiftedMoments, input_dtype: DTypeLike) -> ShiftedMoments:
     """Return the moments, of sums about zero, with those of a constant feature exact.
 
-    The values are numbers of `input_dtype`, which are far apart beside the rounding errors of a
-    mean. Where a mean is that close to such a number, taking the number adds no larger an error.
-    Where the variance is then no more than the rounding errors of the sums, or NaN as squares
-    overflow, it is zero. (In float16 a variance so small may be that of values which differ.)
+    Numbers of `input_dtype` are much further apart than the rounding error of a mean. If a mean is
+    within that error of such a number, it is replaced by the number, which adds no larger an error.
+    If the variance is then below the rounding errors of the sums, or NaN because squares overflow,
+    it becomes zero. (In float16, values that differ may have a variance as small, so there only a
+    variance that is not positive becomes zero.)
     """
     mean = batch.shift + batch.mean
     # The exponent keeps its bits, as reduce_precision has no subnormal numbers.

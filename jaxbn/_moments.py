@@ -1,4 +1,4 @@
-"""Count, mean and variance of a batch, with one derivative however they are found."""
+"""Count, mean and variance of a batch, and their derivative, which is the same for every form."""
 
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -31,7 +31,7 @@ def moments(
     axis_name: Hashable | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Moments:
-    r"""Return the moments of `x` over `axes`, where `mask` is true, and over mapped devices.
+    r"""Return the moments of `x` over `axes`, where `mask` is True, and over mapped devices.
 
     With deviations :math:`d = x - s` from a shift :math:`s`,
 
@@ -39,29 +39,30 @@ def moments(
 
         \mu = s + E[d], \quad \sigma^2 = E[d^2] - E[d]^2
 
-    takes one reading of `x`, and is as accurate as the shift is close to the mean: the rounding
-    error of the sums, relative to the variance, is multiplied by
+    take one reading of `x`. The closer the shift is to the mean, the more accurate they are: the
+    rounding error of the sums, relative to the variance, is multiplied by
     :math:`E[d^2] / \sigma^2 = 1 + (s - \mu)^2 / \sigma^2`.
 
-    The shift is the mean of at least a sixteenth of the values, or of all under a mask (which takes
-    two readings more). This bounds the factor for any data: if a fraction 1 / f of the values has
-    the mean s, and the others have the mean t, then the variance between these two parts alone,
-    which the whole variance exceeds, is :math:`(s - \mu)^2 / (f - 1)`. So the factor is at most f.
+    The shift is the mean of at least a sixteenth of the values or, under a mask, of all of them
+    (which takes two more readings). This bounds the factor for any data: if a fraction 1 / f of the
+    values has the mean s, then the variance between this part and the rest is
+    :math:`(s - \mu)^2 / (f - 1)`, and the whole variance is at least that. So the factor is at most
+    f.
 
-    For inputs in half precision the shift is zero (`jaxbn._half_precision` says why that is
-    enough). Where sums do not share a reading, on a CPU, it is the running mean, or what a loop
-    finds (`jaxbn._separate_readings`).
+    For inputs in half precision the shift is zero (`jaxbn._half_precision` shows that this is
+    enough). On a CPU, where sums do not share a reading, it is the running mean or, far from that,
+    the mean that a loop finds (`jaxbn._separate_readings`).
 
     Args:
       x: the batch, in the dtype of the statistics.
       mask: booleans of the rank of `x`, or None.
-      running_mean: where the mean is expected, or None.
-      input_dtype: the dtype in which the values of `x` came.
+      running_mean: the expected mean, or None.
+      input_dtype: the dtype of the input, from which `x` was converted.
       axes: the axes that are reduced.
       axis_name: the mapped axis or axes that share the statistics.
       axis_index_groups: the groups of its indices that do.
 
-    The count and `mean_high` have no derivative. Those of the others are `E[dx]` and
+    The count and `mean_high` have no derivative. Those of `mean_low` and `var` are `E[dx]` and
     `2 E[(x - mean) dx]`, whatever the shift.
     """
     batch = local_moments(x, mask, running_mean, input_dtype, axes)
@@ -88,7 +89,7 @@ def _moments_jvp(input_dtype, axes, axis_name, axis_index_groups, primals, tange
     return batch, Moments(jnp.zeros_like(batch.n), jnp.zeros_like(batch.mean_high), dmean, dvar)
 
 
-# Compiled even where the caller is not, which would run its operations one by one.
+# Compiled even if the caller is not: one by one, its operations would take more readings.
 @partial(jax.jit, static_argnums=(3, 4))
 def local_moments(
     x: jax.Array,
@@ -115,7 +116,7 @@ def local_moments(
     if is_half(input_dtype):
         mean = batch.shift + batch.mean
         return Moments(batch.n, mean, jnp.zeros_like(mean), batch.var)
-    # A compiler may compute what it fuses twice, and round it in two ways, which would make the two
+    # A compiler may compute a fused value twice and round it differently, which would make the two
     # floats inconsistent. The barrier ensures that every use gets the same values.
     shift, mean = lax.optimization_barrier((batch.shift, batch.mean))
     mean_high = shift + mean

@@ -1,4 +1,4 @@
-"""Sums over a batch on one device, and the moments that they give."""
+"""Sums over a batch on one device, and the moments computed from them."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from jaxbn import _fusion
 
 
 def statistics_dtype(*dtypes: DTypeLike) -> jnp.dtype:
-    """Return float32 at least: half precision neither sums nor averages well."""
+    """Return float64 if it is among the dtypes, and float32 otherwise, also for half precision."""
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
@@ -49,7 +49,7 @@ def moments_about(
     input_dtype: DTypeLike,
     axes: tuple[int, ...],
 ) -> ShiftedMoments:
-    """Return the moments by the sums of deviations from a shift, and of their squares."""
+    """Return the moments from the sums of the deviations from a shift and of their squares."""
     n = count(x, mask, axes)
     unit = _unit(n)
     size = jnp.maximum(n, 1) * unit
@@ -57,7 +57,7 @@ def moments_about(
     mean = total((own_x - own_shift) * own_unit, axes, mask) / size
     own_x, own_shift, own_unit, _ = _fusion.own_reading(input_dtype, x, shift, unit, mean)
     deviation = own_x - own_shift
-    # The unit comes before the square, which may overflow where the variance does not.
+    # Scale before squaring: the square may overflow where the variance does not.
     square = total(deviation * (deviation * own_unit), axes, mask) / size
     return shifted_moments(n, shift, mean, square)
 
@@ -81,7 +81,7 @@ def count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Ar
 def average(
     x: jax.Array, n: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None
 ) -> jax.Array:
-    """Return the mean of `n` values, zero of none."""
+    """Return the mean of `n` values, or zero if there are none."""
     unit = _unit(n)
     return total(x * unit, axes, mask) / (jnp.maximum(n, 1) * unit)
 
@@ -93,7 +93,7 @@ def total(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) ->
 def _unit(n: jax.Array) -> jax.Array:
     """Return the power of two next to 1 / n.
 
-    It scales normal numbers without rounding, and a sum so scaled overflows only if its mean is
-    about to.
+    Scaling normal numbers by it does not round, and the scaled sum overflows only if the mean
+    nearly does.
     """
     return lax.reduce_precision(1 / jnp.maximum(n, 1), jnp.finfo(n.dtype).nexp, 0)

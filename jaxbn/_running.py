@@ -1,4 +1,4 @@
-"""How running statistics move towards those of a batch."""
+"""The update of the running statistics."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
@@ -15,7 +15,7 @@ State = Mapping[str, jax.Array]
 
 
 def variance(batch: Moments, estimator: Estimator) -> jax.Array:
-    """Return the variance by an estimator: divided by n (biased), or by n - 1 (unbiased)."""
+    """Return the biased variance (divided by n) or the unbiased one (by n - 1)."""
     if estimator == "biased":
         return batch.var
     return batch.var * (batch.n / jnp.maximum(batch.n - 1, 1))
@@ -29,15 +29,16 @@ def update(
     axis_name: Hashable | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> State:
-    r"""Return the state moved towards the statistics of a batch, as a mapping of its kind.
+    r"""Move the state towards the statistics of a batch, and return it as a mapping of its kind.
 
     .. math::
 
         \mathrm{running} \leftarrow
             \mathrm{momentum} \cdot \mathrm{running} + (1 - \mathrm{momentum}) \cdot \mathrm{batch}
 
-    For several `batches`, on the first axis and on the devices of `axis_name`, it moves towards the
-    mean of those with enough values; if none has, the old value is kept.
+    `batches` holds the moments of one or several batches on its first axis. The state moves towards
+    the mean of their statistics, also over the devices of `axis_name`. A batch with too few values
+    is left out, and if all are, the old value is kept.
     """
     fewest = 2 if running_variance == "unbiased" else 1
     sums = [
@@ -68,19 +69,19 @@ def update(
 def _weights(
     momentum: ArrayLike | None, count: jax.Array | None, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the weights of the old value and of the batch, in `dtype` whatever momentum's is."""
+    """Return the weights of the old value and of the batch, both in `dtype`."""
     if momentum is None:
         assert count is not None
         weight = 1 / jnp.maximum(count, 1).astype(dtype)
         return 1 - weight, weight
     if not isinstance(momentum, float):
-        # Half precision would round the difference; float64 rounds it less than `dtype` does.
+        # In half precision 1 - momentum would be rounded; in float64 it is more accurate.
         momentum = jnp.asarray(momentum, statistics_dtype(dtype, getattr(momentum, "dtype", dtype)))
     return jnp.asarray(momentum, dtype), jnp.asarray(1 - momentum, dtype)
 
 
 def _like(state: State, new: dict[str, jax.Array]) -> State:
-    """Return `new` as a mapping of the kind of `state`, or a dict where JAX does not know it."""
+    """Return `new` as a mapping of the kind of `state`, or as a dict if JAX does not know it."""
     structure = jax.tree.structure(state, is_leaf=lambda node: node is not state)
     if jax.tree_util.treedef_is_leaf(structure):
         return new
@@ -90,5 +91,5 @@ def _like(state: State, new: dict[str, jax.Array]) -> State:
 
 def _sum_existing(values: jax.Array, exist: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = jnp.sum(jnp.where(exist, values, 0), 0)
-    # Added to zeros, it has the shape of the total, and is sharded as that is.
+    # The zeros give the count the shape and the sharding of the total.
     return total, jnp.sum(exist, 0, dtype=values.dtype) + jnp.zeros_like(total)

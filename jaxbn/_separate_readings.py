@@ -1,4 +1,4 @@
-"""The moments where each sum reads the batch by itself, and a loop that does not run is free."""
+"""The moments on a CPU, where each sum reads the batch, and a loop that does not run is free."""
 
 from functools import partial
 
@@ -18,12 +18,12 @@ def moments_in_separate_readings(
     input_dtype: DTypeLike,
     axes: tuple[int, ...],
 ) -> ShiftedMoments:
-    """Return the moments about the mean that is expected or, where that is inaccurate, another.
+    """Return the moments about the expected mean or, where that is inaccurate, a better shift.
 
-    They are accurate where the shift is within one deviation of the mean, which at most doubles the
-    error of the sums, and within four deviations of zero, about which examples are summed at first.
-    Elsewhere a loop sums again, about the mean just found. A third pass is about the number nearest
-    to the mean: for equal values, their value.
+    The moments about the expected mean are accurate if it is within one deviation of the mean,
+    which at most doubles the error of the sums, and within four deviations of zero, about which
+    each example is summed. For all other features, a loop sums again about the mean just found. The
+    third pass is about the float nearest to the mean, which for equal values is their value.
     """
     about = partial(moments_about, x=x, mask=mask, input_dtype=input_dtype, axes=axes)
 
@@ -38,7 +38,7 @@ def moments_in_separate_readings(
         passes, far, old = carry
         mean = old.shift + old.mean
         new = about(jnp.where(jnp.isfinite(mean), mean, 0))
-        # The count is the same, and may have the shape of a single number.
+        # The count is unchanged, and may have the shape of a scalar.
         updated = ShiftedMoments(
             old.n, *(jnp.where(far, a, b) for a, b in zip(new[1:], old[1:], strict=True))
         )
@@ -56,10 +56,10 @@ def _sums_of_examples(
     input_dtype: DTypeLike,
     axes: tuple[int, ...],
 ) -> ShiftedMoments:
-    """Return the moments about a shift, which is subtracted from the sum of each example.
+    """Return the moments about a shift that is subtracted from the sum of each example.
 
-    This is faster than `moments_about`: subtracting before adding costs about half a reading. An
-    example is summed about zero, so its sum is rounded at its own size.
+    Subtracting it from each value, as `moments_about` does, costs about half a reading more. But
+    the sum of an example is about zero, so its rounding error grows with the mean.
     """
     examples, inner = axes[:1], axes[1:]
     n, n_example = count(x, mask, axes), count(x, mask, inner)

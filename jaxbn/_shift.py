@@ -1,4 +1,4 @@
-"""A shift that is close to the mean of any batch: the mean of a sample of its values."""
+"""A shift that is close to the mean for any batch: the mean of a sample of its values."""
 
 import jax
 from jax import lax
@@ -12,20 +12,20 @@ FRACTION = 16
 def sample_mean(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
     """Return the mean of at least a sixteenth of the values of each feature.
 
-    Under a mask, where that part may hold no value that counts, it is the mean of all.
+    Under a mask it is the mean of all values that count, as the sample may hold none of them.
     """
     part = x if mask is not None else _sample(x, axes)
     n = count(part, mask, axes)
     mean = average(part, n, axes, mask)
-    # Repeat about that mean to remove its rounding error, which far from zero may exceed the
-    # deviation. A constant feature then gets exactly its value.
+    # Average again, about that mean, to remove its rounding error, which may exceed the deviation
+    # far from zero. A constant feature then gets exactly its value.
     return mean + average(part - mean, n, axes, mask)
 
 
 def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Return at least a sixteenth of `x`: some consecutive indices in the middle of a reduced axis.
 
-    It is the longest axis but the first, along which batches are split over devices. Where there is
+    The axis is the longest but the first, along which batches are split over devices. If there is
     no other, every sixteenth index of the first is taken, so that each device has its share. An
     axis that is explicitly sharded cannot be sliced.
     """

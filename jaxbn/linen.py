@@ -1,4 +1,4 @@
-"""`BatchNorm` for `flax.linen`: where its parameters and statistics live. No arithmetic."""
+"""The Linen layer, which keeps the parameters and the statistics. It has no arithmetic."""
 
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -28,12 +28,12 @@ _INITIALIZING = {
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization, as `jaxbn.batch_norm` computes it.
+    """Normalize a batch as `jaxbn.batch_norm` does, in a Flax Linen model.
 
     A drop-in for `flax.linen.BatchNorm`: it takes the same arguments with the same defaults, and
     keeps the same variables (`scale` and `bias` in `params`, `mean` and `var` in `batch_stats`), so
-    checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`; for a model that comes from
-    PyTorch, write `BatchNorm(**jaxbn.PYTORCH)`.
+    its checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`. For a model that comes
+    from PyTorch, write `BatchNorm(**jaxbn.PYTORCH)`.
 
     These differences from Flax's layer remain. Where `mask` is False the output is `bias` and no
     gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
@@ -44,8 +44,8 @@ class BatchNorm(nn.Module):
     As in Flax, initialization neither needs `axis_name` nor counts as a training step.
 
     Attributes:
-      use_running_average: True in evaluation: `batch_stats` normalizes, and is left unchanged.
-        False in training. Give it either here or at call.
+      use_running_average: True in evaluation, where `batch_stats` normalizes and is unchanged;
+        False in training. Give it either here or in the call.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
         averages all batches so far with equal weights, and adds `count` to `batch_stats`. A `mask`
@@ -60,10 +60,9 @@ class BatchNorm(nn.Module):
       axis_name: the mapped axis, or axes, that share statistics. Under `jit` with sharded arrays
         none is needed.
       axis_index_groups: groups of indices of `axis_name` that share statistics.
-      use_fast_variance: accepted for Flax's sake, without effect: the variance is always the
-        accurate one.
-      force_float32_reductions: accepted for Flax's sake, without effect: statistics are computed
-        and kept in float32 at least.
+      use_fast_variance: accepted as in Flax, without effect: the variance is always accurate.
+      force_float32_reductions: accepted as in Flax, without effect: statistics are computed and
+        kept in float32 at least.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".
       running_variance: the estimator that is tracked.
       virtual_batch_size: normalizes each group of this many examples with that group's own
@@ -93,7 +92,7 @@ class BatchNorm(nn.Module):
     axis_index_groups: Sequence[Sequence[int]] | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
-    # Options that Flax's layer does not have come last, so positional arguments mean the same.
+    # Options that Flax's layer lacks come last, so that positional arguments mean the same.
     batch_variance: Estimator = "biased"
     running_variance: Estimator = "biased"
     virtual_batch_size: int | None = None
@@ -106,14 +105,14 @@ class BatchNorm(nn.Module):
         *,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalize `x`, and in training move the running statistics towards the batch's.
+        """Normalize `x`, and in training move the running statistics towards those of the batch.
 
         Args:
           x: the input, with features on `axis`. As in Flax, integers and booleans are converted to
             floating numbers.
           use_running_average: see the attribute; exactly one of the two must be given.
           mask: an array that broadcasts against `x`, True or nonzero where a value counts.
-            Masked-out values affect nothing; the output there is `bias`.
+            Masked-out values affect nothing, and the output there is `bias`.
 
         Returns:
           The normalized input, of the shape of `x`.

@@ -1,4 +1,4 @@
-"""`BatchNorm` for `flax.nnx`: where its parameters and statistics live. No arithmetic."""
+"""The NNX layer, which keeps the parameters and the statistics. It has no arithmetic."""
 
 import operator
 from collections.abc import Hashable, Mapping, Sequence
@@ -21,12 +21,12 @@ __all__ = ["BatchNorm"]
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalization, as `jaxbn.batch_norm` computes it.
+    """Normalize a batch as `jaxbn.batch_norm` does, in a Flax NNX model.
 
     A drop-in for `flax.nnx.BatchNorm`: it takes the same arguments with the same defaults, and
     keeps the same variables (`scale` and `bias` are `Param`, `mean` and `var` are `BatchStat`), so
-    checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`; for a model that comes from
-    PyTorch, write `BatchNorm(n, **jaxbn.PYTORCH, rngs=rngs)`.
+    its checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`. For a model that comes
+    from PyTorch, write `BatchNorm(n, **jaxbn.PYTORCH, rngs=rngs)`.
 
     These differences from Flax's layer remain. Where `mask` is False the output is `bias` and no
     gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
@@ -34,16 +34,16 @@ class BatchNorm(nnx.Module):
     gradient flows into updated statistics. `epsilon=0` in training and a traced
     `use_running_average` are refused. Complex inputs are not supported.
 
-    To freeze a layer within a model that trains, set `use_running_average=True`: its statistics
-    normalize and are left unchanged, and `scale`, `bias` and the input get the gradients of
-    evaluation. As `model.train()` reaches every layer, freeze after it, `model.norm.eval()`, or at
-    call.
+    To freeze a layer within a model that trains, set `use_running_average=True`: its running
+    statistics normalize and are unchanged, and `scale`, `bias` and the input get the gradients of
+    evaluation. `model.train()` reaches every layer, so call `model.norm.eval()` after it, or pass
+    the argument in the call.
 
     Attributes:
       num_features: the size of the feature axis, or the sizes of several, in the input's order.
-      use_running_average: True in evaluation: `mean` and `var` normalize, and are left unchanged.
-        False in training. `train()`, `eval()` and `nnx.view` set it, and a call may override it;
-        with None, every call must give it.
+      use_running_average: True in evaluation, where `mean` and `var` normalize and are unchanged;
+        False in training. `train()`, `eval()` and `nnx.view` set it, and a call may override it. If
+        it is None, every call must give it.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
         averages all batches so far with equal weights, and adds the `BatchStat` `count`. A `mask`
@@ -61,11 +61,10 @@ class BatchNorm(nnx.Module):
       axis_name: the mapped axis, or axes, that share statistics. Under `jit` with sharded arrays
         none is needed. Construction and evaluation do not look at it.
       axis_index_groups: groups of indices of `axis_name` that share statistics.
-      use_fast_variance: accepted for Flax's sake, without effect: the variance is always the
-        accurate one.
+      use_fast_variance: accepted as in Flax, without effect: the variance is always accurate.
       promote_dtype: a function of the tuple `(x, mean, var, scale, bias)` and the keyword `dtype`
         that returns the tuple to compute with. As in Flax, its dtypes determine that of the result.
-        Values that it would narrow are kept, and the result is rounded once, at the end.
+        Values that it would make less precise are kept, and only the result is rounded.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".
       running_variance: the estimator that is tracked.
       virtual_batch_size: normalizes each group of this many examples with that group's own
@@ -165,14 +164,14 @@ class BatchNorm(nnx.Module):
         *,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalize `x`, and in training move the running statistics towards the batch's.
+        """Normalize `x`, and in training move the running statistics towards those of the batch.
 
         Args:
           x: the input, with features on `axis`. As in Flax, integers and booleans are converted to
             floating numbers.
           use_running_average: see the attribute, over which it takes precedence.
           mask: an array that broadcasts against `x`, True or nonzero where a value counts.
-            Masked-out values affect nothing; the output there is `bias`.
+            Masked-out values affect nothing, and the output there is `bias`.
 
         Returns:
           The normalized input, of the shape of `x`.
@@ -229,7 +228,7 @@ class BatchNorm(nnx.Module):
 def promoted(
     layer: Any, x: ArrayLike, *others: jax.Array | None
 ) -> tuple[tuple[Any, ...], jnp.dtype]:
-    """Return what a layer, this one or Flax's, computes with, and the dtype of its result.
+    """Return the arrays that a layer, this one or Flax's, computes with, and its output's dtype.
 
     Args:
       layer: the layer, with its `dtype` and its `promote_dtype`.
@@ -243,14 +242,14 @@ def promoted(
 
 
 def _unless_narrower(new: Any, old: Any) -> Any:
-    """Return `new`, or `old` where `new` has less precision: only the result is rounded."""
+    """Return `new`, or `old` if `new` has less precision, as only the result is to be rounded."""
     if old is None or jnp.promote_types(new.dtype, old.dtype) == new.dtype:
         return new
     return old
 
 
 def _sizes(num_features: int | Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
-    """The size of each feature axis."""
+    """Return the size of each feature axis."""
     axes = _checks.axis(axis)
     given = num_features if isinstance(num_features, Sequence) else (num_features,)
     try:
