@@ -14,8 +14,8 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn._batches import join, split
 from jaxbn.calibrate import recalibrate
+from jaxbn.calibrate._batches import join, split
 from tests.calibration import TOLERANCE, Norm, assert_close, data
 
 NAMES = ("entry", "cell", "exit")
