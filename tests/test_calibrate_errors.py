@@ -113,7 +113,7 @@ class Cell(nn.Module):
 
 
 class Steps(nn.Module):
-    """A layer called by a loop of Flax, with its statistics carried from step to step or shared."""
+    """A layer in a loop of Flax, with statistics that are carried from step to step, or shared."""
 
     how: str
 

@@ -52,7 +52,7 @@ def exact_statistics(model: ObservableModel, batches: Iterable[Any]) -> PerCall[
 def _first_pass(
     model: ObservableModel, batches: Iterable[Any]
 ) -> tuple[ObserveBatch, PerCall[Statistics]]:
-    """Find out whether to observe all calls, or only those in training mode, and do so."""
+    """Observe the calls in training mode, or all calls if none is in training mode."""
     observe_training, observe_all = _observe_batch(model, False), _observe_batch(model, True)
     in_training: PerCall[Statistics] = {}
     in_all_modes: PerCall[Statistics] = {}
