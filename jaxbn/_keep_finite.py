@@ -48,7 +48,7 @@ def keep_finite(old: Any, new: Tree) -> Tree:
     """
     after, structure = jax.tree_util.tree_flatten_with_path(new)
     before, old_structure = jax.tree_util.tree_flatten_with_path(old)
-    # Paths, unlike structures, are those of a `FrozenDict` and of a dict alike.
+    # A `FrozenDict` and a dict have different structures, but the same paths.
     old_leaves = dict(before)
     if old_leaves.keys() != dict(after).keys():
         raise ValueError(
