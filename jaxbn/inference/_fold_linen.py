@@ -72,7 +72,7 @@ def fold_linen(
         )
     variables = _linen_variables.plain_dicts(model_variables)
     params, stats = variables["params"], variables["batch_stats"]
-    paths = _linen_variables.paths(pairs)
+    paths = _linen_variables.parse_pairs(pairs)
     layers, norms = ([pair[k] for pair in paths] for k in (0, 1))
     kernels = _linen_variables.modules_with(params, "kernel")
     means = _linen_variables.modules_with(stats, "mean")
@@ -80,12 +80,12 @@ def fold_linen(
     _linen_variables.check_paths("batch norms", "a mean in batch_stats", norms, means)
 
     for layer_path, norm_path in paths:
-        layer = _linen_variables.at(params, layer_path)
-        norm = [_linen_variables.at(tree, norm_path) for tree in (params, stats)]
+        layer = _linen_variables.module_entries(params, layer_path)
+        norm = [_linen_variables.module_entries(tree, norm_path) for tree in (params, stats)]
         try:
             layer |= _folded_layer(layer_path[-1], layer, *norm, epsilon=epsilon, axis=axis)
         except (TypeError, ValueError) as error:
-            names = _linen_variables.spell([layer_path, norm_path], " and ")
+            names = _linen_variables.join_paths([layer_path, norm_path], " and ")
             raise type(error)(f"{names} cannot be folded: {error}") from None
     for _, norm_path in paths:
         _linen_variables.remove(params, norm_path)

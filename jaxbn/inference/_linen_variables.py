@@ -9,8 +9,8 @@ import numpy as np
 Path = tuple[str, ...]
 
 
-def paths(pairs: Any) -> list[tuple[Path, Path]]:
-    """Return the paths of each layer and its batch norm as tuples of names."""
+def parse_pairs(pairs: Any) -> list[tuple[Path, Path]]:
+    """Return the path of each layer and of its batch norm, as tuples of names."""
     items = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
     if not all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
         raise ValueError(
@@ -35,15 +35,15 @@ def check_paths(what: str, having: str, paths: list[Path], known: list[Path]) ->
     unknown = [path for path in paths if path not in known]
     if unknown:
         raise ValueError(
-            f"pairs names {what} without {having}: {spell(unknown)}; those with one are "
-            f"{spell(known) or 'none'}."
+            f"pairs names {what} without {having}: {join_paths(unknown)}; those with one are "
+            f"{join_paths(known) or 'none'}."
         )
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
-        raise ValueError(f"pairs names {what} more than once: {spell(twice)}.")
+        raise ValueError(f"pairs names {what} more than once: {join_paths(twice)}.")
 
 
-def spell(paths: list[Path], separator: str = ", ") -> str:
+def join_paths(paths: list[Path], separator: str = ", ") -> str:
     """Return paths as they are written in an error message."""
     return separator.join("/".join(path) for path in paths)
 
@@ -67,7 +67,7 @@ def modules_with(tree: dict[str, Any], leaf: str) -> list[Path]:
     return own + below
 
 
-def at(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+def module_entries(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the entries of a module, or an empty dict if it has none."""
     for key in path:
         tree = tree.get(key, {})
