@@ -27,7 +27,7 @@ def feature_axes(axis: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int
 
 def params(params: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
     _checks.mapping(
-        "params", params, optional=("scale", "bias"), advice="; without scale and bias it is {}"
+        "params", params, optional=_checks.PARAMS, advice="; without scale and bias it is {}"
     )
     for key, leaf in params.items():
         _leaf(f"params[{key!r}]", leaf, x_shape, axes)
@@ -39,7 +39,7 @@ def state(state: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
     _checks.mapping(
         "state",
         state,
-        ("mean", "var"),
+        _checks.STATISTICS,
         optional=("count",),
         advice="; without statistics it is None",
     )

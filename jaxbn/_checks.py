@@ -11,6 +11,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+# The keys of params and of state, which may also have a `count`.
+PARAMS, STATISTICS = ("scale", "bias"), ("mean", "var")
+
 # Floating dtypes that no batch norm can be computed with, and why.
 _UNUSABLE = {
     "float8_e8m0fnu": "which has neither zero nor negative values",

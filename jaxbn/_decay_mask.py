@@ -1,36 +1,41 @@
-"""Which parameters weight decay is for."""
+"""A mask of the parameters that weight decay should shrink."""
 
 from typing import Any
 
 import jax
-from jax.tree_util import DictKey, GetAttrKey, KeyPath
+from jax.tree_util import DictKey, KeyPath
+
+from jaxbn._trees import unboxed_path
 
 _NOT_DECAYED = {"scale", "bias", "mean", "var", "count"}
 
 
 def decay_mask(variables: Any) -> Any:
-    r"""Which variables weight decay should shrink: all but scales, biases and statistics.
+    r"""Return which variables weight decay should shrink: all but scales, biases and statistics.
 
     .. math::
 
         \mathrm{decays} = \mathrm{name} \notin
             \{\mathrm{scale}, \mathrm{bias}, \mathrm{mean}, \mathrm{var}, \mathrm{count}\}
 
-    A mask for Optax, or the function that makes one there: `optax.adamw(1e-3, mask=decay_mask)`.
-    It goes by the names that Flax gives leaves, so the biases of dense layers and convolutions, and
-    other norms' scales, are left alone too. A kernel before a batch norm can shrink without a
-    change of what the network computes (it steers the effective learning rate); a scale cannot.
+    The result is a mask for Optax. Where Optax takes a function that makes the mask, pass this one:
+    `optax.adamw(1e-3, mask=decay_mask)`.
+
+    Variables are recognized by the names that Flax gives them, so the biases of dense layers and
+    convolutions, and the scales of other normalizations, are excluded too. Shrinking a kernel
+    before a batch norm does not change what the network computes (it changes the effective learning
+    rate); shrinking a scale does.
 
     Args:
-      variables: a nested tree of parameters, of whatever shapes and dtypes, as `flax.linen`
-        (`params`, or all collections) or `flax.nnx` (`nnx.state(model, nnx.Param)`) nests them:
-        each leaf's name is the last one on its path.
+      variables: a nested tree of parameters of any shapes and dtypes, as in `flax.linen` (`params`,
+        or all collections) or `flax.nnx` (`nnx.state(model, nnx.Param)`). The name of a leaf is the
+        last name on its path.
 
     Returns:
-      A tree of the same structure with booleans for leaves, True where weights decay.
+      A tree of the same structure with booleans as leaves: True where weights decay.
 
     Raises:
-      ValueError: a leaf without a name.
+      ValueError: a leaf has no name.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbn, optax
@@ -52,9 +57,7 @@ def decay_mask(variables: Any) -> Any:
 
 
 def _name(path: KeyPath) -> str:
-    # Boxes, such as NNX's variables and Linen's partitioned ones, hold their array as `value`.
-    inner = path[:-1] if path and path[-1] == GetAttrKey("value") else path
-    for key in reversed(inner):
+    for key in reversed(unboxed_path(path)):
         name = key.key if isinstance(key, DictKey) else getattr(key, "name", None)
         if isinstance(name, str):
             return name

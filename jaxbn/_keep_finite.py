@@ -1,4 +1,4 @@
-"""Statistics that outlive a batch which holds inf or NaN."""
+"""Protection of running statistics from batches that hold inf or NaN."""
 
 from typing import Any, TypeVar
 
@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import KeyPath
 
+from jaxbn._trees import unboxed_path
+
 Tree = TypeVar("Tree")
 
 
 def keep_finite(old: Any, new: Tree) -> Tree:
-    r"""The new statistics of every layer where all are finite, and the old ones elsewhere.
+    r"""Return the new statistics of each layer where all are finite, and otherwise its old ones.
 
     .. math::
 
@@ -19,22 +21,22 @@ def keep_finite(old: Any, new: Tree) -> Tree:
             \mathrm{old} & \text{otherwise}
         \end{cases}
 
-    One batch with an inf or a NaN in it, as mixed precision with loss scaling meets them, would
-    otherwise stay in the running averages for good. A layer keeps its old statistics whole: mean,
-    variance and count. The companion of `optax.apply_if_finite`, which does so for the parameters.
+    Without this, a single batch with inf or NaN, which mixed precision with loss scaling produces
+    now and then, would spoil the running averages forever. A layer keeps all of its old statistics:
+    mean, variance and count. `optax.apply_if_finite` does the same for the parameters.
 
     Args:
-      old: the state of one layer, or a tree of them, such as the collection `batch_stats` or
-        `nnx.state(model, nnx.BatchStat)`, before a training step; None goes through. A layer is
-        what lies in one innermost mapping or sequence. It may hold a `FrozenDict` where `new` has
-        a dict, and the other way round.
-      new: the same after it.
+      old: the state before a training step: that of one layer, or a tree of states, such as the
+        collection `batch_stats` or `nnx.state(model, nnx.BatchStat)`. Each innermost mapping or
+        sequence is a layer. None is returned unchanged. `old` may hold a `FrozenDict` where `new`
+        holds a dict, and vice versa.
+      new: the state after the step.
 
     Returns:
       A tree of the structure of `new`.
 
     Raises:
-      ValueError: the trees, or the shapes of two leaves, differ.
+      ValueError: the structures of the trees, or the shapes of two leaves, differ.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbn
@@ -46,18 +48,18 @@ def keep_finite(old: Any, new: Tree) -> Tree:
     """
     after, structure = jax.tree_util.tree_flatten_with_path(new)
     before, old_structure = jax.tree_util.tree_flatten_with_path(old)
-    # Paths, unlike structures, are those of a `FrozenDict` and of a dict alike.
+    # A `FrozenDict` and a dict have different structures, but the same paths.
     old_leaves = dict(before)
     if old_leaves.keys() != dict(after).keys():
         raise ValueError(
-            f"old and new must be trees of one structure, got {old_structure} and {structure}."
+            f"old and new must have the same structure, got {old_structure} and {structure}."
         )
     finite: dict[KeyPath, jax.Array] = {}
     for path, leaf in after:
-        kept = old_leaves[path]
-        if jnp.shape(leaf) != jnp.shape(kept):
+        old_leaf = old_leaves[path]
+        if jnp.shape(leaf) != jnp.shape(old_leaf):
             raise ValueError(
-                f"old and new must have leaves of one shape, got {jnp.shape(kept)} and "
+                f"old and new must have leaves of the same shape, got {jnp.shape(old_leaf)} and "
                 f"{jnp.shape(leaf)} at {jax.tree_util.keystr(path)}."
             )
         layer = _layer(path)
@@ -68,7 +70,5 @@ def keep_finite(old: Any, new: Tree) -> Tree:
 
 
 def _layer(path: KeyPath) -> KeyPath:
-    """What leads to the layer: the path without the name of its leaf."""
-    # Boxes, such as NNX's variables, hold their array as `value`.
-    boxed = bool(path) and path[-1] == jax.tree_util.GetAttrKey("value")
-    return path[: -2 if boxed else -1]
+    """Return the path of the layer that a leaf belongs to."""
+    return unboxed_path(path)[:-1]

@@ -14,7 +14,7 @@ import jaxbn.linen
 
 N = 101
 CUTS = {"one": [N], "two": [50, 51], "odd last": [32, 32, 32, 5], "tiny": [1, 1, 1, 98]}
-# Rounding of float32 statistics of values near one, through four layers; of float64 ones, the same.
+# The rounding of statistics of values near one, through four layers.
 TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
 
 
@@ -25,7 +25,7 @@ def cut(x, sizes):
 
 def data(dtype="float32", shape=(N, 3, 4)):
     rng = np.random.default_rng(0)
-    # Rows of different means, so that the parts of a cut differ.
+    # Rows have different means, so that batches differ.
     x = rng.normal(size=shape) + np.linspace(-2, 3, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     return x.astype(dtype)
 
@@ -95,7 +95,7 @@ class Rematerialized(nn.Module):
 
 
 def initialized(make, x):
-    """The network and variables, with statistics that are far from right."""
+    """Return the network, and variables with wrong statistics."""
     network = make()
     variables = network.init(jax.random.key(0), jnp.asarray(x), train=False)
     variables = {k: jax.tree.map(lambda v: v.astype(x.dtype), c) for k, c in variables.items()}
@@ -106,7 +106,7 @@ def initialized(make, x):
 
 
 def one_step(network, variables, x):
-    """What a training step on all of `x` leaves where nothing of the past is kept."""
+    """Return the statistics after a training step on all of `x` with momentum 0."""
     forgetful = network.clone(norm=partial(network.norm, momentum=0.0))
     apply = jax.jit(partial(forgetful.apply, train=True, mutable=["batch_stats"]))
     return apply(variables, jnp.asarray(x))[1]["batch_stats"]

@@ -1,4 +1,4 @@
-"""`recalibrate` gives what one training step on all data gives, however the data is cut."""
+"""`recalibrate` gives the statistics of one training step on all data, in any batches."""
 
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from tests.calibration import (
 
 
 class Noisy(jaxbn.linen.BatchNorm):
-    """Inherits, and does something of its own."""
+    """A derived class that changes its input and output."""
 
     @nn.compact
     def __call__(self, x, use_running_average=None, *, mask=None):
@@ -67,24 +67,24 @@ def test_is_one_step_on_all_data(name, sizes, dtype):
         assert_close(got["batch_stats"], want, TOLERANCE[dtype])
 
 
-def test_a_step_on_each_batch_is_something_else():
-    """The comparison can fail: neither the mean of the batches' statistics nor one pass will do."""
+def test_steps_on_single_batches_differ():
+    """The comparison can fail: for the mean of the batches' statistics, and after a single pass."""
     x = data()
     network, variables = initialized(Chain, x)
     want = one_step(network, variables, x)
     steps = [one_step(network, variables, part) for part in cut(x, CUTS["odd last"])]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *steps)
-    pooled = merge(steps, [3 * n for n in CUTS["odd last"]])
-    for other, layer in ((mean, "BatchNorm_0"), (pooled, "BatchNorm_1")):
+    merged = merge(steps, [3 * n for n in CUTS["odd last"]])
+    for other, layer in ((mean, "BatchNorm_0"), (merged, "BatchNorm_1")):
         with pytest.raises(AssertionError):
             assert_close(other[layer], want[layer], 1e-2)
-    assert_close(pooled["BatchNorm_0"], want["BatchNorm_0"], TOLERANCE["float32"])
+    assert_close(merged["BatchNorm_0"], want["BatchNorm_0"], TOLERANCE["float32"])
 
 
 def test_far_from_zero():
     x = (1e4 + np.random.default_rng(0).normal(size=(1000, 8))).astype("float32")
     layer = jaxbn.linen.BatchNorm(use_running_average=False, **jaxbn.FLAX)
-    # A second layer sees the first one's output, which the mean's last digit would move.
+    # The input of a second layer depends on the last digit of the first one's mean.
     model = nn.Sequential([layer, layer.clone(parent=None)])
     variables = model.init(jax.random.key(0), x)
     got = recalibrate(model, variables, cut(x, [300, 300, 400]))["batch_stats"]
@@ -103,7 +103,7 @@ def test_half_precision():
     variables = network.init(jax.random.key(0), x, train=False)
     want = one_step(network, variables, x)
     got = recalibrate(network, variables, [x[:50], x[50:]], train=True)["batch_stats"]
-    # Outputs at the border between two numbers of bfloat16 may fall either way.
+    # Outputs between two bfloat16 numbers may round either way.
     assert_close(got, want, 1e-3)
 
 
@@ -120,7 +120,7 @@ def test_only_statistics_differ():
     jax.tree.map(np.testing.assert_array_equal, frozen.unfreeze(), got)
 
 
-def test_count_stays():
+def test_count_is_unchanged():
     layer = Norm(momentum=None, use_running_average=False)
     x = data()
     variables: Any = layer.init(jax.random.key(0), x)
@@ -168,7 +168,7 @@ class CalledTwice(nn.Module):
         return norm(3 * nn.tanh(norm(x)) + 1)
 
 
-def test_a_layer_called_twice_keeps_both_calls():
+def test_a_layer_called_twice_merges_both_calls():
     x = data()
     variables = CalledTwice().init(jax.random.key(0), x, train=False)
     got = recalibrate(CalledTwice(), variables, cut(x, CUTS["odd last"]), train=True)
@@ -189,7 +189,7 @@ class PartlyFrozen(nn.Module):
 
 
 def test_modes():
-    """In training mode frozen layers stay; in evaluation mode none does, and nothing drops out."""
+    """Frozen layers are kept if another layer trains; in evaluation mode, there is no dropout."""
     x = data()
     variables = PartlyFrozen().init(jax.random.key(0), x, train=False)
     rngs = {"dropout": jax.random.key(1)}
@@ -199,8 +199,8 @@ def test_modes():
     dropped: Any = PartlyFrozen().apply(
         variables, x, train=True, rngs=rngs, mutable=["batch_stats"]
     )[1]
-    moved = dropped["batch_stats"]["BatchNorm_1"]["mean"]
-    np.testing.assert_allclose(stats["BatchNorm_1"]["mean"], 10 * moved, rtol=1e-4, atol=1e-6)
+    step_mean = dropped["batch_stats"]["BatchNorm_1"]["mean"]
+    np.testing.assert_allclose(stats["BatchNorm_1"]["mean"], 10 * step_mean, rtol=1e-4, atol=1e-6)
     stats = recalibrate(PartlyFrozen(), variables, [x], train=False)["batch_stats"]
     np.testing.assert_allclose(stats["BatchNorm_0"]["mean"], x.mean((0, 1)), rtol=1e-5)
     np.testing.assert_allclose(stats["BatchNorm_1"]["var"], 1, rtol=5e-3)
@@ -215,7 +215,7 @@ def test_statistics_across_devices_need_no_axis():
 
 
 class Shuffled:
-    """As a data loader is: each pass in another order."""
+    """A data loader: each pass has another order."""
 
     def __init__(self, x):
         self.x, self.rng = x, np.random.default_rng(0)

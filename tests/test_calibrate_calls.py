@@ -1,4 +1,4 @@
-"""Batches that call the layers differently, and arguments that are not arrays."""
+"""Batches that call layers different numbers of times, and arguments that are not arrays."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn._batches import join, split
 from jaxbn.calibrate import recalibrate
+from jaxbn.calibrate._batches import join, split
 from tests.calibration import TOLERANCE, Norm, assert_close, data
 
 NAMES = ("entry", "cell", "exit")
@@ -58,7 +58,7 @@ def recalibrated(model, batches) -> Any:
 
 
 def expected(batches):
-    """Run `unrolled` on all batches at once in float64, each call over the batches that make it."""
+    """Run `unrolled` on all batches in float64, each call normalized over all batches with it."""
     observed = {name: [] for name in NAMES}
 
     def norm(name, inputs):
@@ -77,8 +77,8 @@ def expected(batches):
     if longest:
         norm("exit", [h_x + h_x**2 / 4 for h_x in longest])
 
-    wholes = {name: np.concatenate(calls) for name, calls in observed.items() if calls}
-    return {name: {"mean": x.mean(0), "var": x.var(0, ddof=1)} for name, x in wholes.items()}
+    merged = {name: np.concatenate(calls) for name, calls in observed.items() if calls}
+    return {name: {"mean": x.mean(0), "var": x.var(0, ddof=1)} for name, x in merged.items()}
 
 
 def sequences(*lengths):
@@ -100,7 +100,7 @@ def sequences(*lengths):
     ],
 )
 def test_every_call_of_every_batch_counts(model, train, lengths):
-    """Entry, three cells and exit: the deepest path is five layers, of the first batch one."""
+    """Entry, three cells and exit: the longest path has five layers, in the shortest batch one."""
     batches = sequences(*lengths)
     got, want = recalibrated(model(train), batches), expected(batches)
     tolerance = TOLERANCE["float32"]
@@ -117,7 +117,7 @@ def test_layers_that_no_batch_calls_keep_their_statistics():
 
 
 class FrozenFirst(nn.Module):
-    """Batches without `more` call the frozen layer alone, or none at all."""
+    """Batches without `more` call only the frozen layer, or none at all."""
 
     @nn.compact
     def __call__(self, x, more, frozen=True):
@@ -170,7 +170,7 @@ def test_a_batch_is_split_into_arrays_and_constants():
     assert list(map(id, arrays)) == [id(x), id(key)]
     assert join(arrays, constants) == batch
     assert len({split((x, 1))[1], split((key, 1))[1]}) == 1
-    # Python finds these equal, a model may not.
+    # These are equal in Python, but a model may distinguish them.
     assert len({split((x, one))[1] for one in (1, True, 1.0, np.bool_(True))}) == 4
 
 
@@ -186,8 +186,8 @@ class Traced(nn.Module):
 
 
 @pytest.mark.parametrize("train, traces", [(True, 2), (False, 3)])
-def test_no_pass_compiles_anew(train, traces):
-    """A shape is traced to find the calls, in training mode and else in any, and then compiled."""
+def test_each_shape_is_compiled_once(train, traces):
+    """Each shape is traced to find calls, in training mode and then in any, and then compiled."""
     x, count = data(shape=(10, 4)), Counter()
     model = Traced(partial(count.update, ["traced"]))
     variables = model.init(jax.random.key(0), x, False)
@@ -197,7 +197,7 @@ def test_no_pass_compiles_anew(train, traces):
     assert count["traced"] == shapes * traces
 
 
-def test_an_empty_batch_counts_for_nothing():
+def test_an_empty_batch_has_no_effect():
     x = data(shape=(10, 4))
     variables = Repeated().init(jax.random.key(0), x, False)
     run = partial(recalibrate, Repeated(), variables, train=True, times=2)

@@ -1,4 +1,4 @@
-"""What bad input of `recalibrate` gets."""
+"""Errors of `recalibrate` for bad input."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def test_errors():
         run([x[0, :1]])
     assert str(error.value) == (
         "batches hold one value per feature in BatchNorm_0, which has no unbiased variance; give "
-        "more values, or the layer running_variance='biased'."
+        "more values, or set running_variance='biased' in the layer."
     )
     with pytest.raises(ValueError) as error:
         recalibrate(network, {"params": variables["params"]}, [x], train=True)
@@ -51,9 +51,7 @@ def test_errors():
     )
     with pytest.raises(TypeError) as error:
         recalibrate(network, x, [x])
-    assert str(error.value) == (
-        "variables of a flax.linen.Module must be a mapping of collections, got ndarray."
-    )
+    assert str(error.value) == ("variables of a flax.linen.Module must be a mapping, got ndarray.")
     layer = jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError) as error:
         recalibrate(layer, {}, [x])
@@ -76,19 +74,19 @@ class Once:
         return self.batches
 
 
-def test_batches_that_are_used_up():
+def test_exhausted_batches():
     x = data()
     network, variables = initialized(Chain, x)
     with pytest.raises(ValueError) as error:
         recalibrate(network, variables, Once([x, x]), train=True)
     assert str(error.value) == (
-        "batches were used up by the first pass over them: give a list, or an iterable that begins "
-        "anew with each iter()."
+        "batches were exhausted by the first pass over them: give a list, or an iterable that "
+        "starts again with each iter()."
     )
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_one_pass_over_batches_that_are_used_up_is_enough_for_one_layer(train):
+def test_one_layer_needs_only_one_pass(train):
     x, layer = data(shape=(10, 3)), Norm(use_running_average=not train)
     variables = layer.init(jax.random.key(0), x)
     got = recalibrate(layer, variables, Once(cut(x, [7, 3])))
@@ -104,7 +102,7 @@ def test_no_value(train):
         with pytest.raises(ValueError) as error:
             recalibrate(layer, variables, batches)
         assert str(error.value) == (
-            "batches hold no value that counts: they are empty, or masked out altogether."
+            "batches hold no values: they are empty, or entirely masked out."
         )
 
 
@@ -115,7 +113,7 @@ class Cell(nn.Module):
 
 
 class Steps(nn.Module):
-    """A layer called by a loop of Flax, with its statistics carried from step to step or shared."""
+    """A layer in a loop of Flax, with statistics that are carried from step to step, or shared."""
 
     how: str
 
@@ -153,7 +151,7 @@ CARRIED = {
 
 
 @pytest.mark.parametrize("name", CARRIED)
-def test_calls_that_cannot_be_told_apart(name):
+def test_calls_that_cannot_be_distinguished(name):
     x, model = data(shape=(5, 3, 4)), CARRIED[name]()
     if isinstance(model, nnx.Module):
         variables = nnx.state(model)
@@ -165,6 +163,6 @@ def test_calls_that_cannot_be_told_apart(name):
     assert str(error.value) == (
         "model calls a batch norm inside a loop, branch or map that carries or shares its "
         "statistics, such as nn.scan with variable_carry='batch_stats', nn.cond or nnx.fori_loop, "
-        "where its calls cannot be told apart. Calibrate a model that has the same variables and "
-        "is written with Python's for and if there."
+        "where its calls cannot be distinguished. Calibrate a model that has the same variables "
+        "and uses Python's for and if there."
     )

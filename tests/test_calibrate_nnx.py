@@ -31,7 +31,7 @@ class NoisyNNX(jaxbn.nnx.BatchNorm):
 
 
 NNX_NORMS = {
-    "ours": jaxbn.nnx.BatchNorm,
+    "jaxbn's": jaxbn.nnx.BatchNorm,
     "Flax's": partial(nnx.BatchNorm, use_fast_variance=False),
     "inherited": NoisyNNX,
 }
@@ -67,7 +67,7 @@ def test_nnx_is_one_step_on_all_data(name, mode):
 
 
 class NNXTransforms(nnx.Module):
-    """Layers in a scan and under remat, and one called twice."""
+    """Layers in a scan and in remat, and one that is called twice."""
 
     def __init__(self, rngs):
         @nnx.split_rngs(splits=3)

@@ -1,4 +1,4 @@
-"""`decay_mask`: in chains of Optax, kernels shrink, and scales and biases keep their bits."""
+"""With `decay_mask` in Optax, kernels shrink, and scales and biases are unchanged bit for bit."""
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ class Network(nn.Module):
 
 @pytest.fixture
 def variables():
-    """Every value away from zero, which does not shrink."""
+    """Return variables whose values all differ from zero, which would not shrink."""
     variables = jax.jit(Network().init)(jax.random.key(0), jnp.arange(8).reshape(4, 2) % 5)
     return jax.tree.map(lambda leaf: leaf + 0.7, variables)
 
@@ -35,7 +35,7 @@ MASK = {
         "Embed_0": {"embedding": True},
         "Dense_0": {"kernel": True, "bias": False},
         "BatchNorm_0": {"scale": False, "bias": False},
-        # Modules may have those names; only leaves are looked at.
+        # Modules may have these names too; only those of leaves matter.
         "scale": {"kernel": True, "bias": False},
         "bias": {"scale": False, "bias": False},
     },
@@ -56,7 +56,7 @@ def test_mask_of_shapes_alone(variables):
     assert jaxbn.decay_mask(shapes) == MASK
 
 
-def test_mask_of_our_own_dicts():
+def test_mask_of_params_and_state():
     params, state = jaxbn.init((2, 3), track_count=True)
     assert jaxbn.decay_mask((params, state)) == (
         {"scale": False, "bias": False},
@@ -104,7 +104,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_without_gradients_weights_shrink_and_the_rest_keeps_its_bits(variables, tx):
+def test_without_gradients_only_weights_shrink(variables, tx):
     before = variables["params"]
     after = run(tx, before, jax.tree.map(jnp.zeros_like, before))
 
@@ -121,8 +121,8 @@ def test_without_gradients_weights_shrink_and_the_rest_keeps_its_bits(variables,
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_without_the_mask_all_would_shrink(variables, name):
-    """So that the test above shows what the mask does."""
+def test_without_the_mask_scales_shrink(variables, name):
+    """The test above depends on the mask."""
     params = variables["params"]
     tx = {
         "adamw": optax.adamw(RATE, weight_decay=DECAY),
@@ -131,8 +131,8 @@ def test_without_the_mask_all_would_shrink(variables, name):
     assert np.all(after["BatchNorm_0"]["scale"] < params["BatchNorm_0"]["scale"])
 
 
-def test_scales_and_biases_learn_as_without_decay(variables):
-    """Under real gradients of one step, and one step alone: later ones see other kernels."""
+def test_decay_does_not_change_how_scales_and_biases_learn(variables):
+    """Compare a single step with real gradients: in later steps, the kernels differ."""
     tokens = jnp.arange(8).reshape(4, 2) % 5
 
     def loss(params):
@@ -176,7 +176,7 @@ def test_nnx(tx):
 
 
 def test_mask_of_a_whole_nnx_model():
-    """A model, or its state, with statistics."""
+    """The state of a model includes its statistics."""
     model = NnxNetwork(nnx.Rngs(0))
     mask = nnx.to_pure_dict(jaxbn.decay_mask(nnx.state(model)))
     assert mask["layers"] == {

@@ -1,4 +1,4 @@
-"""`keep_finite`: statistics outlive a batch that holds inf or NaN."""
+"""`keep_finite` protects running statistics from batches that hold inf or NaN."""
 
 import flax.core
 import flax.linen as nn
@@ -30,12 +30,12 @@ def equal(found, wanted):
 def test_one_bad_value_keeps_the_whole_layer(bad, leaf):
     old, new = state(1.0, 4), state(2.0, 5)
     equal(jaxbn.keep_finite(old, new), new)
-    spoilt = {**new, leaf: new[leaf].at[1].set(bad)}
-    equal(jaxbn.keep_finite(old, spoilt), old)
-    equal(jax.jit(jaxbn.keep_finite)(old, spoilt), old)
+    spoiled = {**new, leaf: new[leaf].at[1].set(bad)}
+    equal(jaxbn.keep_finite(old, spoiled), old)
+    equal(jax.jit(jaxbn.keep_finite)(old, spoiled), old)
 
 
-def test_layers_of_a_tree_are_apart():
+def test_each_layer_of_a_tree_is_kept_or_replaced_separately():
     old = {"block": {"bn1": state(1.0), "bn2": state(2.0)}, "bn": state(3.0)}
     new = {"block": {"bn1": state(4.0), "bn2": state(jnp.nan)}, "bn": state(5.0)}
     kept = jaxbn.keep_finite(old, new)
@@ -58,11 +58,11 @@ def test_a_frozen_dict_beside_a_dict(frozen):
     equal(kept, wanted)
 
 
-def test_the_old_state_may_be_spoilt_already():
+def test_the_old_state_may_hold_nan_already():
     equal(jaxbn.keep_finite(state(jnp.nan), state(1.0)), state(1.0))
 
 
-def test_no_state_goes_through():
+def test_none_is_returned_unchanged():
     assert jaxbn.keep_finite(None, None) is None
 
 
@@ -75,7 +75,7 @@ def test_states_of_nnx():
     net = Net()
     old = nnx.state(net, nnx.BatchStat)
     new = jax.tree.map(lambda leaf: leaf + 1, old)
-    spoilt = jax.tree_util.tree_map_with_path(
+    spoiled = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
             leaf * jnp.nan
             if all(name in jax.tree_util.keystr(path) for name in ("one", "var"))
@@ -83,14 +83,14 @@ def test_states_of_nnx():
         ),
         new,
     )
-    kept = jaxbn.keep_finite(old, spoilt)
+    kept = jaxbn.keep_finite(old, spoiled)
     assert jax.tree.structure(kept) == jax.tree.structure(new)
     equal(jax.tree.leaves(kept["one"]), jax.tree.leaves(old["one"]))
     equal(jax.tree.leaves(kept["two"]), jax.tree.leaves(new["two"]))
 
 
-def test_beside_apply_if_finite():
-    """A training loop in which one batch overflows: nothing of it stays, and training goes on."""
+def test_together_with_apply_if_finite():
+    """One batch of a training loop overflows: it leaves no trace, and training continues."""
 
     class Net(nn.Module):
         @nn.compact
@@ -124,16 +124,16 @@ def test_beside_apply_if_finite():
     assert np.abs(again[1]["BatchNorm_0"]["mean"] - after[1]["BatchNorm_0"]["mean"]).max() > 0
 
 
-def test_trees_that_differ():
+def test_errors():
     with pytest.raises(ValueError) as caught:
         jaxbn.keep_finite(state(1.0), {"bn": state(1.0)})
     assert str(caught.value) == (
-        "old and new must be trees of one structure, got PyTreeDef({'count': *, 'mean': *, 'var': "
+        "old and new must have the same structure, got PyTreeDef({'count': *, 'mean': *, 'var': "
         "*}) and PyTreeDef({'bn': {'count': *, 'mean': *, 'var': *}})."
     )
     short = {**state(1.0), "var": jnp.ones(2)}
     with pytest.raises(ValueError) as caught:
         jaxbn.keep_finite(short, state(1.0))
     assert str(caught.value) == (
-        "old and new must have leaves of one shape, got (2,) and (3,) at ['var']."
+        "old and new must have leaves of the same shape, got (2,) and (3,) at ['var']."
     )

@@ -1,4 +1,4 @@
-"""`merge` gives the state of all data from those of shards."""
+"""`merge` returns the state of all data, given those of shards."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def state_of(x, ddof, count=None):
 
 
 @pytest.mark.parametrize("estimator, ddof", [("unbiased", 1), ("biased", 0)])
-def test_merged_shards_are_the_whole(x64, estimator, ddof):
+def test_merged_shards_are_all_data(x64, estimator, ddof):
     x = data("float64", (N, 4))
     sizes = [40, 3, 58]
     states = [state_of(part, ddof, i) for i, part in enumerate(cut(x, sizes))]
@@ -32,7 +32,7 @@ def test_merged_shards_are_the_whole(x64, estimator, ddof):
     assert_close(merge(trees, by_layer, running_variance=estimator)["a"]["norm"], got, 0)
 
 
-def test_merge_of_one_or_no_value(x64):
+def test_shards_of_one_or_no_value(x64):
     x = data("float64", (5, 4))
     nothing = jax.tree.map(lambda leaf: leaf * np.nan, state_of(x, 1))
     single = {"mean": jnp.asarray(x[4]), "var": jnp.full(4, np.nan)}
@@ -41,7 +41,7 @@ def test_merge_of_one_or_no_value(x64):
 
 
 def test_merge_of_trees():
-    """Every layer of a tree, whatever it is made of, is merged as it is alone."""
+    """Each layer of a tree of any containers is merged as it would be alone."""
     x = data()
     _, variables = initialized(Chain, x)
     linen = variables["batch_stats"]
@@ -77,7 +77,7 @@ def test_merge_takes_any_sequence(form):
     assert_close(merge(iter(states), form([3, 2])), merge(states, [3, 2]), 0)
 
 
-def test_merge_adds_counts_as_far_as_their_dtype_goes(x64):
+def test_counts_add_up_to_the_largest_of_their_dtype(x64):
     counts = np.array([2**31 - 5, 3], np.int64)
     for dtype in (np.int32, np.uint32, np.int64):
         states = [{**S, "count": jnp.asarray(count, dtype)} for count in counts]
@@ -87,12 +87,12 @@ def test_merge_adds_counts_as_far_as_their_dtype_goes(x64):
         states = [{**S, "count": jnp.asarray(count, dtype)} for count in (more, 7)]
         got = merge(states, [2, 2])["count"]
         assert int(got) == more + 7 and got.dtype == dtype
-    # Of layers in a scan.
+    # Layers in a scan.
     stacked = {"mean": jnp.zeros((3, 2)), "var": jnp.ones((3, 2)), "count": jnp.arange(3)}
     np.testing.assert_array_equal(merge([stacked, stacked], [2, 2])["count"], [0, 2, 4])
 
 
-def test_a_part_of_no_values_may_hold_anything():
+def test_a_shard_without_values_may_hold_nan():
     nothing = {"mean": jnp.full(2, jnp.nan), "var": jnp.full(2, jnp.inf)}
     for estimator in ("biased", "unbiased"):
         for states, counts in (([S, nothing], [3, 0]), ([nothing, S], [0, 3])):
@@ -103,13 +103,13 @@ S = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
 NAN = {"mean": jnp.array([0, jnp.nan]), "var": jnp.ones(2)}
 INFINITE = {"mean": jnp.zeros(2), "var": jnp.array([jnp.inf, 1])}
 FULL = {**S, "count": jnp.asarray(2**31 - 2)}
-AS_MANY = "states and counts must be as many, and at least one, got"
-INTEGERS = "counts must be integers, 0 at least, got"
+SAME_LENGTH = "states and counts must have the same length, at least 1, got"
+INTEGERS = "counts must be integers of at least 0, got"
 PREFIX = "must be a number, or a tree of numbers that is a prefix of the state, got"
-A_LIST = "for each part of the data, got"
+A_LIST = "for each shard of the data, got"
 MERGE_ERRORS = {
-    "none": (([], []), f"{AS_MANY} 0 states and 0 counts."),
-    "too few counts": (([S, S], [1]), f"{AS_MANY} 2 states and 1 counts."),
+    "none": (([], []), f"{SAME_LENGTH} 0 states and 0 counts."),
+    "too few counts": (([S, S], [1]), f"{SAME_LENGTH} 2 states and 1 counts."),
     "shapes": (
         ([{"a": S}, {"a": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}], [2, 2]),
         "states must have the same shapes, got (2,), (3,) for 'mean' in a.",
@@ -123,7 +123,7 @@ MERGE_ERRORS = {
         "states must have 'mean' and 'var' in each layer, and may have 'count', got ['kernel'] in "
         "a.",
     ),
-    "no layer": (([{}], [2]), "states must have 'mean' and 'var' of a layer at least, got {}."),
+    "no layer": (([{}], [2]), "states must have 'mean' and 'var' of at least one layer, got {}."),
     "negative": (([S], [-1]), f"{INTEGERS} -1."),
     "no integer": (([S], [1.5]), f"{INTEGERS} 1.5."),
     "NaN": (([S], [float("nan")]), f"{INTEGERS} nan."),
@@ -136,22 +136,22 @@ MERGE_ERRORS = {
     ),
     "no value": (
         ([S, S], [0, 0]),
-        "counts must add up to 2 at least, where the running variance is unbiased, got 0.",
+        "counts must add up to at least 2 for unbiased variances, got 0.",
     ),
     "NaN in a mean": (
         ([{"a": S}, {"a": NAN}], [3, 1]),
-        "states[1] must be finite, as counts[1] is 1, got NaN or infinity in 'mean' in a; a part "
-        "of no values has the count 0.",
+        "states[1] must be finite, as counts[1] is 1, got NaN or infinity in 'mean' in a; the "
+        "count of a shard without values is 0.",
     ),
     "infinity in a variance": (
         ([INFINITE, S], [2, 2]),
-        "states[0] must be finite, as counts[0] is 2, got NaN or infinity in 'var'; a part of no "
-        "values has the count 0.",
+        "states[0] must be finite, as counts[0] is 2, got NaN or infinity in 'var'; the count of "
+        "a shard without values is 0.",
     ),
     "count": (
         ([{"a": FULL}, {"a": FULL}], [2, 2]),
         "states must have a 'count' that adds up to at most 2147483647, the largest int32, got "
-        "4294967292 in a; leave 'count' out, or make it smaller.",
+        "4294967292 in a; leave 'count' out, or reduce it.",
     ),
 }
 TYPE_ERRORS = {
@@ -176,8 +176,8 @@ def test_merge_errors(name):
     assert str(error.value) == message
 
 
-def test_merge_errors_that_name_structures_and_estimators():
-    with pytest.raises(ValueError, match=r"states must have one structure, got PyTreeDef"):
+def test_errors_about_structures_and_estimators():
+    with pytest.raises(ValueError, match=r"states must have the same structure, got PyTreeDef"):
         merge([S, {"a": S}], [1, 1])
     with pytest.raises(ValueError, match="running_variance must be 'biased' or 'unbiased'"):
         merge([S], [2], running_variance="sample")

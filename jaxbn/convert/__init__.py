@@ -1,7 +1,7 @@
-"""Batch norms of PyTorch, Keras, Haiku and Equinox as our `params` and `state`, and back.
+"""Convert batch norms of PyTorch, Keras, Haiku and Equinox to `params` and `state`, and back.
 
 ====== ==================== ================ ============================= ===================
-ours   PyTorch              Keras            Haiku                         Equinox
+jaxbn  PyTorch              Keras            Haiku                         Equinox
 ====== ==================== ================ ============================= ===================
 scale  weight               gamma            scale                         weight
 bias   bias                 beta             offset                        bias
@@ -10,21 +10,21 @@ var    running_var          moving_variance  var_ema: average              in it
 count  num_batches_tracked                   counter of both               where mode="batch"
 ====== ==================== ================ ============================= ===================
 
-Only NumPy and JAX are imported: the layouts are read from what the frameworks hand out. Values
-come out bit for bit, in the dtype they have (float64 becomes float32 unless JAX's 64-bit types are
-enabled, as everywhere in JAX), and share no memory with tensors and NumPy arrays that go in.
+Only NumPy and JAX are imported, none of the frameworks. Values are converted bit for bit and keep
+their dtype (float64 becomes float32 unless JAX's 64-bit types are enabled, as everywhere in JAX).
+They share no memory with the tensors and NumPy arrays that they come from.
 
-Numbers say nothing about the convention that they were trained with; that goes to `batch_norm`
-as keywords, and each function says which: `jaxbn.PYTORCH`, `jaxbn.KERAS`, and so on.
+The convention that a layer was trained with is not part of its numbers. Pass it to `batch_norm` as
+keywords, such as `jaxbn.PYTORCH` or `jaxbn.KERAS`; the documentation of each function names it.
 
-What comes out goes into Flax as it is:
+Flax takes the results as they are:
 `variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"] = from_torch(...)`.
 
-Read files with a reader that runs no code from them: `load_file(path)` of `safetensors.numpy`,
+Read files with a reader that does not run code from them: `load_file(path)` of `safetensors.numpy`,
 `safetensors.flax` or `safetensors.torch`, or `torch.load(path, weights_only=True)`. Each returns a
 mapping that `from_torch` and `batch_norms_from_torch` take, in bfloat16 too. For bytes in memory,
 use `safetensors.torch.load(data)`: `load` of `safetensors.numpy` and `safetensors.flax` does not
-know bfloat16, and raises `KeyError: 'BF16'`.
+support bfloat16, and raises `KeyError: 'BF16'`.
 """
 
 from jaxbn.convert._equinox import from_equinox as from_equinox

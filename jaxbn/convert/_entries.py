@@ -1,4 +1,4 @@
-"""What all layouts share: arrays of any library, their checks, and our names for them."""
+"""Leaves of all layouts, by the names they have in jaxbn: their conversion and their checks."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn import _checks
+from jaxbn._checks import PARAMS, STATISTICS
+
 Array = np.ndarray | jax.Array
 Params = dict[str, jax.Array]
 State = dict[str, jax.Array]
 
-PARAMS = ("scale", "bias")
-STATISTICS = ("mean", "var")
-
-# Haiku and Equinox divide an average by 1 - momentum ** counter, to take its initial value out.
-# Where no count is known, this one makes that a division by 1; and it leaves room to count on.
-SETTLED = 2**30
+# Haiku and Equinox divide an average by its bias correction, 1 - momentum ** counter. Where no
+# count is known, this one makes the correction 1, and is small enough to be incremented.
+CONVERGED_COUNT = 2**30
 
 _LARGEST_COUNT = np.iinfo(np.int32).max
 
@@ -34,28 +34,27 @@ def array(value: Any) -> Array:
     return np.asarray(value)
 
 
-def leaf(value: Array) -> jax.Array:
-    """A copy of what is not JAX's: PyTorch goes on writing to the memory of its tensors."""
+def to_jax(value: Array) -> jax.Array:
+    """Return a JAX array that shares no memory with a tensor, to which PyTorch may still write."""
     return value if isinstance(value, jax.Array) else jnp.array(value)
 
 
-def split(leaves: Mapping[str, Array]) -> tuple[Params, State | None]:
-    """Our params and state, from leaves with our names."""
-
-    params = {name: leaf(leaves[name]) for name in PARAMS if name in leaves}
-    state = {name: leaf(leaves[name]) for name in STATISTICS if name in leaves}
+def params_and_state(leaves: Mapping[str, Array]) -> tuple[Params, State | None]:
+    """Return params and state, given their leaves by name."""
+    params = {name: to_jax(leaves[name]) for name in PARAMS if name in leaves}
+    state = {name: to_jax(leaves[name]) for name in STATISTICS if name in leaves}
     if "count" in leaves:
         state["count"] = jnp.array(int(leaves["count"]), jnp.int32)
     return params, state or None
 
 
-def join(
+def named_leaves(
     params: Mapping[str, Any], state: Mapping[str, Any] | None
 ) -> tuple[dict[str, Array], list[str]]:
-    """Leaves with our names, from our params and state, and what is wrong with those."""
-    mapping("params", params)
+    """Return the leaves of params and state by name, and a list of missing and extra ones."""
+    _checks.mapping("params", params)
     if state is not None:
-        mapping("state", state)
+        _checks.mapping("state", state)
     state_names = (*STATISTICS, "count")
     missing = [f"state[{k!r}]" for k in STATISTICS if state is not None and k not in state]
     extra = [f"params[{k!r}]" for k in params if k not in PARAMS]
@@ -67,22 +66,22 @@ def join(
 
 
 def label(name: str) -> str:
-    """How a caller of ours writes a leaf."""
+    """Return a leaf as users write it, for error messages."""
     return f"params[{name!r}]" if name in PARAMS else f"state[{name!r}]"
 
 
-def flat(leaves: Mapping[str, Array]) -> dict[str, Array]:
-    """Leaves of the shape (1, C, 1, 1) as (C,); others as they are."""
+def with_one_axis(leaves: Mapping[str, Array]) -> dict[str, Array]:
+    """Reshape leaves with a shape like (1, C, 1, 1) to (C,), and leave others unchanged."""
 
-    def one_axis(value: Array) -> Array:
-        is_flat = value.ndim and sum(n != 1 for n in value.shape) <= 1
-        return value.reshape(-1) if is_flat else value
+    def flat(value: Array) -> Array:
+        has_one_axis = value.ndim and sum(n != 1 for n in value.shape) <= 1
+        return value.reshape(-1) if has_one_axis else value
 
-    return {k: v if k == "count" else one_axis(v) for k, v in leaves.items()}
+    return {k: v if k == "count" else flat(v) for k, v in leaves.items()}
 
 
 def leaf_problems(leaves: Mapping[str, Array], one_axis: bool = True) -> list[str]:
-    """What is wrong with the dtypes and shapes of leaves, by the names that the caller knows."""
+    """Return what is wrong with the dtypes and shapes of leaves, whose keys are users' names."""
     problems = []
     model = next(((k, v.shape) for k, v in leaves.items() if v.ndim == 1 or not one_axis), None)
     for name, value in leaves.items():
@@ -97,6 +96,7 @@ def leaf_problems(leaves: Mapping[str, Array], one_axis: bool = True) -> list[st
 
 
 def count_problems(name: str, value: Array) -> list[str]:
+    """Return what is wrong with a number of batches."""
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.integer):
         got = f"shape {value.shape} and dtype {value.dtype}"
         return [f"{name} has {got}, want a scalar of an integer dtype"]
@@ -105,51 +105,38 @@ def count_problems(name: str, value: Array) -> list[str]:
     return []
 
 
-def our_problems(leaves: Mapping[str, Array], one_axis: bool = True) -> list[str]:
-    """`leaf_problems` and `count_problems` for leaves with our names."""
+def all_problems(leaves: Mapping[str, Array], one_axis: bool = True) -> list[str]:
+    """Return `leaf_problems` and `count_problems` of the leaves of params and state."""
     problems = leaf_problems({label(k): v for k, v in leaves.items() if k != "count"}, one_axis)
     if "count" in leaves:
         problems += count_problems(label("count"), leaves["count"])
     return problems
 
 
-def no_statistics(framework: str, state: Any) -> list[str]:
+def missing_state(framework: str, state: Any) -> list[str]:
+    """Return the problem that there is no state, for frameworks whose layers always have one."""
     if state is not None:
         return []
     return [f"state is None, and {framework}'s layer always has running statistics"]
 
 
 def listed(word: str, names: Iterable[str]) -> list[str]:
+    """Return the problem that leaves are missing or extra, if there are any."""
     names = ", ".join(names)
     return [f"{word} {names}"] if names else []
 
 
-def mapping(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping, got {type(value).__name__}.")
-
-
-def names(name: str, value: Mapping[Any, Any]) -> None:
-    """Refuse a mapping with keys that are not strings."""
+def check_string_keys(name: str, value: Mapping[Any, Any]) -> None:
     other = [key for key in value if not isinstance(key, str)]
     if other:
-        raise TypeError(f"{name} must have names as keys, got {', '.join(map(repr, other[:3]))}.")
+        raise TypeError(f"{name} must have strings as keys, got {', '.join(map(repr, other[:3]))}.")
 
 
-def refuse(what: str, problems: list[str]) -> None:
+def raise_if_any(what: str, problems: list[str]) -> None:
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}.")
 
 
-def under(prefix: str, separator: str) -> str:
-    """The prefix as it begins a key."""
+def complete_prefix(prefix: str, separator: str) -> str:
+    """Return the prefix with the separator at its end, unless it is empty."""
     return prefix if not prefix or prefix.endswith(separator) else prefix + separator
-
-
-@jax.jit
-def taken_in(momentum: Any, counter: Any) -> jax.Array:
-    """The weight that all batches so far have together in an average with that momentum.
-
-    Compiled, so that it rounds as Haiku's and Equinox's own expression does inside `jit`.
-    """
-    return 1 - momentum**counter

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn import _checks
+from jaxbn._bias_correction import bias_correction
 from jaxbn.convert import _entries
 from jaxbn.convert._entries import Array, Params, State
 
@@ -22,35 +24,35 @@ def from_haiku(
     state: Mapping[str, Mapping[str, Any]],
     name: str = "batch_norm",
 ) -> tuple[Params, State]:
-    r"""Our params and state, from a `BatchNorm` of Haiku's.
+    r"""Return jaxbn's params and state of a Haiku `BatchNorm`.
 
-    `scale` stays, `offset` becomes `bias`. Of each moving average, `average` becomes `mean` or
-    `var`, which is what Haiku evaluates with, and `counter` becomes `count`. The convention is
-    `jaxbn.FLAX`, with the layer's `decay_rate` as `momentum` and its `eps` as `epsilon`.
+    `scale` keeps its name, `offset` becomes `bias`. Of each moving average, `average` becomes
+    `mean` or `var`, which Haiku uses in evaluation, and `counter` becomes `count`. The convention
+    is `jaxbn.FLAX`, with the layer's `decay_rate` as `momentum` and its `eps` as `epsilon`.
 
-    Haiku's `average` is free of its initial zeros: the first batches weigh more in it. Training
-    goes on as in Haiku with a momentum that follows the count,
+    Haiku's `average` is bias-corrected: the first batches have larger weights. To continue training
+    as in Haiku, let the momentum depend on the count,
 
     .. math:: \mathrm{momentum} = 1 - \frac{1 - d}{1 - d^{\,\mathrm{count} + 1}}
 
-    for the decay rate d. With d itself, the results differ by the factor
-    :math:`1 - d^{\,\mathrm{count} + 1}` in each new batch's weight, which soon is 1.
+    for the decay rate d. With d itself, the weight of each new batch differs by the factor
+    :math:`1 - d^{\,\mathrm{count} + 1}`, which approaches 1.
 
     Args:
-      params: Haiku's parameters, of a layer or a model, of which `params[name]` are taken; that
-        entry is not there for a layer that creates neither scale nor offset.
-      state: Haiku's state, of which "{name}/~/mean_ema" and "{name}/~/var_ema" are taken. They and
-        the parameters have the shape that broadcasts, (1, 1, 1, C), and a floating dtype.
+      params: Haiku's parameters of a layer or a model, of which `params[name]` is converted. It may
+        be missing, as for a layer that creates neither scale nor offset.
+      state: Haiku's state, of which "{name}/~/mean_ema" and "{name}/~/var_ema" are converted. Like
+        the parameters, they have a shape that broadcasts, (1, 1, 1, C), and a floating dtype.
       name: the module's name in the model, "my_network/~/batch_norm".
 
     Returns:
-      `params`, with `scale` and `bias` where the layer has them, and `state`, with `mean`, `var`
-      and `count` (int32, scalar), in the shape that Haiku keeps.
+      `params`, with `scale` and `bias` if the layer has them, and `state`, with `mean`, `var` and
+      `count` (int32, scalar), in Haiku's shapes.
 
     Raises:
-      ValueError: entries are missing, extra, ill-sized or not floating, or the two counters differ;
-        all are listed.
-      TypeError: an argument is no mapping.
+      ValueError: entries are missing, extra, of the wrong shape or not floating, or the two
+        counters differ; all are listed.
+      TypeError: `params` or `state` is not a mapping.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,8 +66,8 @@ def from_haiku(
 
     Source: `haiku.BatchNorm` and `haiku.ExponentialMovingAverage`.
     """
-    _entries.mapping("params", params)
-    _entries.mapping("state", state)
+    _checks.mapping("params", params)
+    _checks.mapping("state", state)
     own = params.get(name, {})
     missing, extra = [], [f"params[{name!r}][{k!r}]" for k in own if k not in _PARAMS]
     found: dict[str, Array] = {}
@@ -92,18 +94,20 @@ def from_haiku(
     problems += _entries.leaf_problems(
         {labels[k]: v for k, v in found.items() if k not in counters}, one_axis=False
     )
-    ill_counted = [p for k, v in counters.items() for p in _entries.count_problems(labels[k], v)]
-    problems += ill_counted
-    if not ill_counted and len({int(v) for v in counters.values()}) > 1:
+    counter_problems = [
+        p for k, v in counters.items() for p in _entries.count_problems(labels[k], v)
+    ]
+    problems += counter_problems
+    if not counter_problems and len({int(v) for v in counters.values()}) > 1:
         each = " and ".join(f"{labels[k]} is {int(v)}" for k, v in counters.items())
         problems.append(f"{each}, want the same")
-    _entries.refuse("params and state do not hold this batch norm of Haiku's", problems)
+    _entries.raise_if_any("params and state do not hold this Haiku batch norm", problems)
 
-    leaves = {k: v for k, v in found.items() if k in _entries.PARAMS}
+    leaves = {k: v for k, v in found.items() if k in _checks.PARAMS}
     leaves |= {"mean": found["mean average"], "var": found["var average"]}
-    if int(found["mean counter"]) < _entries.SETTLED:
+    if int(found["mean counter"]) < _entries.CONVERGED_COUNT:
         leaves["count"] = found["mean counter"]
-    ours_params, ours_state = _entries.split(leaves)
+    ours_params, ours_state = _entries.params_and_state(leaves)
     assert ours_state is not None
     return ours_params, ours_state
 
@@ -116,29 +120,30 @@ def to_haiku(
     momentum: float = 0.9,
     shape: Sequence[int] | None = None,
 ) -> tuple[HaikuTree, HaikuTree]:
-    """The parameters and state of a `BatchNorm` of Haiku's, from our params and state.
+    """Return the parameters and state of a Haiku `BatchNorm`, given jaxbn's params and state.
 
-    The inverse of `from_haiku`: bit for bit in all that Haiku evaluates with. `hidden`, which only
-    its training reads, is `average * (1 - momentum ** counter)`, to a rounding. Without a `count`
-    the counter is so large, 2**30, that `hidden` is `average`, and training goes on as ours would
-    with that momentum.
+    This is the inverse of `from_haiku`, bit for bit in all that Haiku uses in evaluation. `hidden`,
+    which it uses only in training, is `average * (1 - momentum ** counter)`, up to rounding.
+    Without a `count`, the counter is 2**30, so `hidden` equals `average`, and training continues as
+    it would in jaxbn with that momentum.
 
     Args:
       params: `scale` and `bias`, either or both of which may be missing.
       state: `mean`, `var` and, optionally, `count`.
       name: the module's name in the model.
       momentum: the layer's `decay_rate`, in [0, 1).
-      shape: the shape of Haiku's leaves, (1, 1, 1, C), which it wants from its parameters; by
-        default the shape that ours have.
+      shape: the shape of Haiku's leaves, such as (1, 1, 1, C), which Haiku requires of its
+        parameters; by default the shape that `params` and `state` have.
 
     Returns:
-      Parameters, with `scale` and `offset` under `name`, or {} where there are none, and state,
-      with "{name}/~/mean_ema" and "{name}/~/var_ema". They merge into a model's with `|`.
+      Parameters, with `scale` and `offset` under `name`, or {} if there are none, and state, with
+      "{name}/~/mean_ema" and "{name}/~/var_ema". Merge them into those of a model with `|`.
 
     Raises:
-      ValueError: entries are missing, extra, ill-sized or not floating (all are listed), `momentum`
-        is out of its range, or the state is None: Haiku has no layer without running statistics.
-      TypeError: `params` or `state` is no mapping.
+      ValueError: entries are missing, extra, of the wrong shape or not floating (all are listed),
+        `momentum` is out of range, or the state is None: Haiku has no layer without running
+        statistics.
+      TypeError: `params` or `state` is not a mapping.
 
     Example:
       >>> import jaxbn
@@ -150,8 +155,8 @@ def to_haiku(
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}.")
-    leaves, problems = _entries.join(params, state)
-    problems += _entries.no_statistics("Haiku", state)
+    leaves, problems = _entries.named_leaves(params, state)
+    problems += _entries.missing_state("Haiku", state)
     if shape is not None:
         shape = tuple(shape)
         for key, value in leaves.items():
@@ -163,16 +168,16 @@ def to_haiku(
                 label = _entries.label(key)
                 problems.append(f"{label} has shape {value.shape}, which does not fit {shape}")
     if not problems:
-        problems = _entries.our_problems(leaves, one_axis=False)
-    _entries.refuse("Haiku's batch norm cannot hold these params and state", problems)
+        problems = _entries.all_problems(leaves, one_axis=False)
+    _entries.raise_if_any("Haiku's batch norm cannot hold these params and state", problems)
 
-    counter = jnp.array(int(leaves.get("count", _entries.SETTLED)), jnp.int32)
-    theirs = {k: _entries.leaf(leaves[ours]) for k, ours in _PARAMS.items() if ours in leaves}
+    counter = jnp.array(int(leaves.get("count", _entries.CONVERGED_COUNT)), jnp.int32)
+    theirs = {k: _entries.to_jax(leaves[ours]) for k, ours in _PARAMS.items() if ours in leaves}
     averages = {}
     for ours, module in _AVERAGES.items():
-        average = _entries.leaf(leaves[ours])
-        weight = _entries.taken_in(jnp.asarray(momentum, average.dtype), counter)
-        values = (average * weight, average, counter)
+        average = _entries.to_jax(leaves[ours])
+        correction = bias_correction(jnp.asarray(momentum, average.dtype), counter)
+        values = (average * correction, average, counter)
         averages[module.format(name)] = dict(zip(_ENTRIES, values, strict=True))
     return ({name: theirs} if theirs else {}), averages
 

@@ -5,34 +5,35 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn import _checks
 from jaxbn.convert import _entries
 from jaxbn.convert._entries import Params, State
 
-# In the order of Keras's `layer.get_weights()`.
+# In the order of `layer.get_weights()`.
 _NAMES = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}
 
 
 def from_keras(weights: Mapping[str, Any], prefix: str = "") -> tuple[Params, State]:
-    """Our params and state, from a `BatchNormalization` of Keras's.
+    """Return jaxbn's params and state of a Keras `BatchNormalization`.
 
     `gamma` becomes `scale`, `beta` becomes `bias`, `moving_mean` and `moving_variance` become
-    `mean` and `var`. The convention is `jaxbn.KERAS`; a layer's `momentum` and `epsilon` mean what
-    ours do.
+    `mean` and `var`. The convention is `jaxbn.KERAS`; `momentum` and `epsilon` mean the same as in
+    jaxbn.
 
     Args:
-      weights: `{v.name: v.numpy() for v in layer.weights}`, or a model's, with `v.path` for the
-        key; NumPy or JAX arrays, of shape (C,) and a floating dtype.
-      prefix: what a model's paths have before the layer's own names, "model/batch_normalization",
-        with or without a slash at its end. Other layers' entries are not looked at. Without it,
-        every entry must belong to the layer.
+      weights: `{v.name: v.numpy() for v in layer.weights}`, or those of a model, with `v.path` as
+        the key; NumPy or JAX arrays, of shape (C,) and a floating dtype.
+      prefix: the layer's path in a model, "model/batch_normalization", with or without a slash at
+        its end. Entries of other layers are ignored. Without it, every entry must belong to the
+        layer.
 
     Returns:
-      `params`, with `scale` (not of a layer with `scale=False`) and `bias` (not with
+      `params`, with `scale` (unless the layer has `scale=False`) and `bias` (unless it has
       `center=False`), and `state`, with `mean` and `var`; all of shape (C,).
 
     Raises:
-      ValueError: entries are missing, extra, ill-sized or not floating; all are listed.
-      TypeError: `weights` is no mapping.
+      ValueError: entries are missing, extra, of the wrong shape or not floating; all are listed.
+      TypeError: `weights` is not a mapping.
 
     Example:
       >>> import numpy as np
@@ -45,16 +46,16 @@ def from_keras(weights: Mapping[str, Any], prefix: str = "") -> tuple[Params, St
 
     Source: `keras.layers.BatchNormalization`, Keras 3.
     """
-    _entries.mapping("weights", weights)
-    prefix = _entries.under(prefix, "/")
+    _checks.mapping("weights", weights)
+    prefix = _entries.complete_prefix(prefix, "/")
     own = {key.removeprefix(prefix): key for key in weights if key.startswith(prefix)}
     missing = [prefix + k for k in ("moving_mean", "moving_variance") if k not in own]
     extra = [own[k] for k in own if k not in _NAMES]
     leaves = {k: _entries.array(weights[own[k]]) for k in _NAMES if k in own}
     problems = _entries.listed("missing", missing) + _entries.listed("extra", extra)
     problems += _entries.leaf_problems({own[k]: v for k, v in leaves.items()})
-    _entries.refuse("weights do not hold one batch norm", problems)
-    params, state = _entries.split({_NAMES[k]: v for k, v in leaves.items()})
+    _entries.raise_if_any("weights do not hold one batch norm", problems)
+    params, state = _entries.params_and_state({_NAMES[k]: v for k, v in leaves.items()})
     assert state is not None
     return params, state
 
@@ -62,25 +63,27 @@ def from_keras(weights: Mapping[str, Any], prefix: str = "") -> tuple[Params, St
 def to_keras(
     params: Mapping[str, Any], state: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, np.ndarray]:
-    """The weights of a `BatchNormalization` of Keras's, from our params and state.
+    """Return the weights of a Keras `BatchNormalization`, given jaxbn's params and state.
 
-    The inverse of `from_keras`. `layer.set_weights(list(to_keras(params, state).values()))` takes
-    them, once the layer is built. Keras counts no batches: a `count` in the state is left out.
+    This is the inverse of `from_keras`. Once the layer is built, load them with
+    `layer.set_weights(list(to_keras(params, state).values()))`. Keras does not count batches: a
+    `count` in the state is ignored.
 
     Args:
       params: `scale` and `bias`, either or both of which may be missing; shape (C,), or one that
         broadcasts, (1, 1, 1, C).
       state: `mean`, `var` and, optionally, `count`.
-      prefix: what a model's paths have before the layer's own names.
+      prefix: the layer's path in a model.
 
     Returns:
-      `gamma` and `beta`, where there is a `scale` and a `bias`, `moving_mean` and
-      `moving_variance`, in Keras's order; of shape (C,), sharing no memory with ours.
+      `gamma` if there is a `scale`, `beta` if there is a `bias`, `moving_mean` and
+      `moving_variance`, in Keras's order. They have shape (C,), and share no memory with params and
+      state.
 
     Raises:
-      ValueError: entries are missing, extra, ill-sized or not floating (all are listed), or the
-        state is None: Keras has no layer without running statistics.
-      TypeError: `params` or `state` is no mapping.
+      ValueError: entries are missing, extra, of the wrong shape or not floating (all are listed),
+        or the state is None: Keras has no layer without running statistics.
+      TypeError: `params` or `state` is not a mapping.
 
     Example:
       >>> import jaxbn
@@ -89,11 +92,11 @@ def to_keras(
       >>> list(to_keras(params, state))
       ['gamma', 'moving_mean', 'moving_variance']
     """
-    leaves, problems = _entries.join(params, state)
-    leaves = _entries.flat(leaves)
-    problems += _entries.no_statistics("Keras", state) + _entries.our_problems(leaves)
-    _entries.refuse("Keras's batch norm cannot hold these params and state", problems)
-    prefix = _entries.under(prefix, "/")
+    leaves, problems = _entries.named_leaves(params, state)
+    leaves = _entries.with_one_axis(leaves)
+    problems += _entries.missing_state("Keras", state) + _entries.all_problems(leaves)
+    _entries.raise_if_any("Keras's batch norm cannot hold these params and state", problems)
+    prefix = _entries.complete_prefix(prefix, "/")
     return {
         prefix + theirs: np.array(leaves[ours]) for theirs, ours in _NAMES.items() if ours in leaves
     }

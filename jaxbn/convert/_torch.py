@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn import _checks
 from jaxbn.convert import _entries
 from jaxbn.convert._entries import Array, Params, State
 
@@ -23,26 +24,27 @@ _RUNNING = ("running_mean", "running_var")
 
 
 def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params, State | None]:
-    """Our params and state, from a batch norm of PyTorch's.
+    """Return jaxbn's params and state of a PyTorch batch norm.
 
-    `weight` becomes `scale`, `bias` stays, `running_mean` and `running_var` become `mean` and
-    `var`, and `num_batches_tracked` becomes `count`. The convention is `jaxbn.PYTORCH`, with
-    features on axis 1; a layer's `momentum` is one minus ours, and its `eps` our `epsilon`.
+    `weight` becomes `scale`, `bias` keeps its name, `running_mean` and `running_var` become `mean`
+    and `var`, and `num_batches_tracked` becomes `count`. The convention is `jaxbn.PYTORCH`, with
+    features on axis 1. PyTorch's `momentum` is one minus jaxbn's, and `eps` is `epsilon`.
 
     Args:
-      state_dict: what `layer.state_dict()` returns, or a file's; tensors on any device, NumPy or
-        JAX arrays. The first four have shape (C,) and a floating dtype, the last is a scalar.
-      prefix: the layer's name in a model, "layer1.0.bn1", with or without a dot at its end. Other
-        layers' entries are not looked at. Without it, every entry must belong to the layer.
+      state_dict: what `layer.state_dict()` returns, or the same from a file: tensors on any device,
+        NumPy or JAX arrays. `num_batches_tracked` is a scalar of an integer dtype, the others have
+        shape (C,) and a floating dtype.
+      prefix: the layer's name in a model, "layer1.0.bn1", with or without a dot at its end. Entries
+        of other layers are ignored. Without it, every entry must belong to the layer.
 
     Returns:
-      `params`, with `scale` and `bias` of shape (C,), or {} of a layer with `affine=False`, and
-      `state`, with `mean` and `var` of shape (C,) and `count` (int32, scalar; not where an old
-      checkpoint lacks it), or None of a layer with `track_running_stats=False`.
+      `params`, with `scale` and `bias` of shape (C,), or {} for a layer with `affine=False`; and
+      `state`, with `mean` and `var` of shape (C,) and `count` (int32, scalar; absent if an old
+      checkpoint lacks it), or None for a layer with `track_running_stats=False`.
 
     Raises:
-      ValueError: entries are missing, extra, ill-sized or not floating (all are listed), or none
-        has the prefix.
+      ValueError: entries are missing, extra, of the wrong shape or not floating (all are listed),
+        or none has the prefix.
       TypeError: `state_dict` is not a mapping, or has keys that are not strings.
 
     Example:
@@ -57,42 +59,42 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params,
 
     Source: `torch.nn.BatchNorm2d`.
     """
-    _entries.mapping("state_dict", state_dict)
-    _entries.names("state_dict", state_dict)
-    prefix = _entries.under(prefix, ".")
+    _checks.mapping("state_dict", state_dict)
+    _entries.check_string_keys("state_dict", state_dict)
+    prefix = _entries.complete_prefix(prefix, ".")
     leaves, problems = _read(state_dict, prefix)
     if state_dict and not any(key.startswith(prefix) for key in state_dict):
-        problems = [f"no entry of the {len(state_dict)} begins with {prefix!r}"]
-    _entries.refuse("state_dict does not hold one batch norm", problems)
-    return _entries.split(leaves)
+        problems = [f"none of the {len(state_dict)} entries begins with {prefix!r}"]
+    _entries.raise_if_any("state_dict does not hold one batch norm", problems)
+    return _entries.params_and_state(leaves)
 
 
 def to_torch(
     params: Mapping[str, Any], state: Mapping[str, Any] | None, prefix: str = ""
 ) -> dict[str, np.ndarray]:
-    """What a batch norm of PyTorch's loads, from our params and state.
+    """Return the state dict of a PyTorch batch norm, given jaxbn's params and state.
 
-    The inverse of `from_torch`. `layer.load_state_dict(to_torch(params, state))` takes the result
-    as it is: these are NumPy arrays that PyTorch's functions take for tensors. Where a tensor
-    itself is wanted, as by `load_state_dict(..., assign=True)`, `torch.from_numpy` makes it (but
-    of bfloat16, which NumPy's and PyTorch's arrays do not share). To write a file, save the
-    `state_dict()` of the model that has loaded them, or use `safetensors.numpy`.
+    This is the inverse of `from_torch`. Load the result with `layer.load_state_dict(...)`: its
+    NumPy arrays are of a class that PyTorch's functions accept as tensors. Where a real tensor is
+    needed, as in `load_state_dict(..., assign=True)`, make it with `torch.from_numpy` (except in
+    bfloat16, which it does not support). To write a file, save the `state_dict()` of the model
+    that has loaded them, or use `safetensors.numpy`.
 
     Args:
       params: `scale` and `bias`, or neither; shape (C,), or one that broadcasts, (1, C, 1, 1).
       state: `mean`, `var` and, optionally, `count`, or None.
-      prefix: the layer's name in a model; `model.state_dict() | to_torch(..., prefix="bn1")` is the
-        model's with this layer replaced.
+      prefix: the layer's name in a model. `model.state_dict() | to_torch(..., prefix="bn1")` is the
+        state dict of the model with this layer replaced.
 
     Returns:
-      `weight` and `bias`, where the layer has them, and `running_mean`, `running_var` and
-      `num_batches_tracked` (int64, scalar, 0 where there is no `count`), where there is a state.
-      They have shape (C,), and share no memory with ours.
+      `weight` and `bias`, if there are params; `running_mean`, `running_var` and
+      `num_batches_tracked` (int64, scalar, 0 if there is no `count`), if there is a state. They
+      have shape (C,), and share no memory with params and state.
 
     Raises:
-      ValueError: entries are missing, extra, ill-sized or not floating; all are listed. PyTorch's
-        layer has a weight and a bias, or neither.
-      TypeError: `params` or `state` is no mapping.
+      ValueError: entries are missing, extra, of the wrong shape or not floating; all are listed.
+        PyTorch's layer has a weight and a bias, or neither.
+      TypeError: `params` or `state` is not a mapping.
 
     Example:
       >>> import jaxbn
@@ -101,16 +103,16 @@ def to_torch(
       >>> list(to_torch(params, state, prefix="bn"))
       ['bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked']
     """
-    leaves, problems = _entries.join(params, state)
-    leaves = _entries.flat(leaves)
-    lacking = [_entries.label(k) for k in _entries.PARAMS if k not in params]
+    leaves, problems = _entries.named_leaves(params, state)
+    leaves = _entries.with_one_axis(leaves)
+    lacking = [_entries.label(k) for k in _checks.PARAMS if k not in params]
     if len(lacking) == 1:
         problems.append(f"missing {lacking[0]}: PyTorch has a weight and a bias, or neither")
-    problems += _entries.our_problems(leaves)
-    _entries.refuse("PyTorch's batch norm cannot hold these params and state", problems)
+    problems += _entries.all_problems(leaves)
+    _entries.raise_if_any("PyTorch's batch norm cannot hold these params and state", problems)
     if state is not None:
         leaves["count"] = np.asarray(leaves.get("count", 0), np.int64)
-    prefix = _entries.under(prefix, ".")
+    prefix = _entries.complete_prefix(prefix, ".")
     return {
         prefix + theirs: np.array(leaves[ours]).view(_TensorLike)
         for theirs, ours in _NAMES.items()
@@ -121,22 +123,22 @@ def to_torch(
 def batch_norms_from_torch(
     state_dict: Mapping[str, Any],
 ) -> dict[str, tuple[Params, State | None]]:
-    """Our params and state of every batch norm in a model of PyTorch's.
+    """Return jaxbn's params and state of every batch norm in a PyTorch model.
 
-    A batch norm is found by its running statistics, or their number of batches. One with
-    `track_running_stats=False` has none, and its entries look like those of any other
+    Batch norms are recognized by their running statistics, or the number of batches. A batch norm
+    with `track_running_stats=False` has none, and its entries look like those of any other
     normalization: it is left out, and `from_torch` converts it by its name. An instance norm with
     `track_running_stats=True` looks like a batch norm, and is among the results.
 
     Args:
-      state_dict: what `model.state_dict()` returns, or a file's; see `from_torch`.
+      state_dict: what `model.state_dict()` returns, or the same from a file; see `from_torch`.
 
     Returns:
-      What `from_torch` returns for each, by the layer's name ("layer1.0.bn1"; "" where the model
-      is one batch norm), in the order of `state_dict`.
+      What `from_torch` returns for each, by the layer's name ("layer1.0.bn1"; "" if the model is a
+      single batch norm), in the order of `state_dict`.
 
     Raises:
-      ValueError: entries are missing, extra, ill-sized or not floating; all are listed.
+      ValueError: entries are missing, extra, of the wrong shape or not floating; all are listed.
       TypeError: `state_dict` is not a mapping, or has keys that are not strings.
 
     Example:
@@ -148,8 +150,8 @@ def batch_norms_from_torch(
       >>> {name: params for name, (params, state) in batch_norms_from_torch(model).items()}
       {'bn': {}}
     """
-    _entries.mapping("state_dict", state_dict)
-    _entries.names("state_dict", state_dict)
+    _checks.mapping("state_dict", state_dict)
+    _entries.check_string_keys("state_dict", state_dict)
     names = {}
     for key in state_dict:
         layer, _, entry = key.rpartition(".")
@@ -157,23 +159,23 @@ def batch_norms_from_torch(
             names[layer] = None
     found, problems = {}, []
     for name in names:
-        found[name], its_problems = _read(state_dict, _entries.under(name, "."))
+        found[name], its_problems = _read(state_dict, _entries.complete_prefix(name, "."))
         problems += its_problems
-    _entries.refuse("state_dict holds batch norms that are not whole", problems)
-    return {name: _entries.split(leaves) for name, leaves in found.items()}
+    _entries.raise_if_any("state_dict holds invalid batch norms", problems)
+    return {name: _entries.params_and_state(leaves) for name, leaves in found.items()}
 
 
 class _TensorLike(np.ndarray):
-    """A NumPy array that PyTorch's functions take for a tensor, by the protocol they have for it.
+    """A NumPy array that PyTorch's functions accept as a tensor, by `__torch_function__`.
 
-    `load_state_dict` refuses other arrays; and tensors could not be made without PyTorch.
+    `load_state_dict` rejects other arrays, and tensors cannot be made without importing PyTorch.
     """
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        torch = sys.modules["torch"]  # It is the caller.
+        torch = sys.modules["torch"]  # PyTorch is the caller.
 
         def tensor(value: Any) -> Any:
             if not isinstance(value, _TensorLike):
@@ -188,7 +190,7 @@ class _TensorLike(np.ndarray):
 
 
 def _read(state_dict: Mapping[str, Any], prefix: str) -> tuple[dict[str, Array], list[str]]:
-    """Leaves with our names, and what is wrong with the entries under the prefix."""
+    """Return the leaves under the prefix by jaxbn's names, and what is wrong with them."""
     own = {key.removeprefix(prefix): key for key in state_dict if key.startswith(prefix)}
     missing = []
     for group in (_AFFINE, _RUNNING):

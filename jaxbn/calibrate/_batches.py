@@ -1,4 +1,4 @@
-"""A batch as the arguments of a call, and as what `jax.jit` traces and what it must not."""
+"""Batches as the arguments of a call, and as traced and static arguments of `jax.jit`."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,12 +8,12 @@ import numpy as np
 
 
 class Constants(NamedTuple):
-    """The part of a batch that is not arrays; hashable, as a static argument has to be.
+    """The part of a batch that is not arrays. It is hashable, as static arguments must be.
 
     Attributes:
       structure: the batch's tree structure.
-      leaves: for each leaf None where it is an array, and otherwise its type and value: by value
-        alone `1` and `True` would be equal.
+      leaves: for each leaf None where it is an array, and otherwise its type and value. The types
+        tell `1` from `True`, which are equal.
     """
 
     structure: Any
@@ -29,7 +29,7 @@ def split(batch: Any) -> tuple[list[Any], Constants]:
 
 
 def join(arrays: list[Any], constants: Constants) -> Any:
-    """Return the batch that `split` has split, or its like with other arrays."""
+    """Return the batch with these arrays and constants, the inverse of `split`."""
     remaining = iter(arrays)
     leaves = [next(remaining) if leaf is None else leaf[1] for leaf in constants.leaves]
     return jax.tree.unflatten(constants.structure, leaves)
@@ -43,5 +43,5 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 
 def _is_array(leaf: Any) -> bool:
-    # Arrays of other libraries count: `jax.jit` says what it makes of them.
+    # Arrays of other libraries are traced too: `jax.jit` accepts or rejects them.
     return hasattr(leaf, "dtype") and not isinstance(leaf, np.bool_)

@@ -1,4 +1,4 @@
-"""The variables of a Linen model: its layers and batch norms by their paths, its boxes."""
+"""Layers and batch norms among the variables of a Linen model, by their paths."""
 
 import re
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ import numpy as np
 Path = tuple[str, ...]
 
 
-def paths(pairs: Any) -> list[tuple[Path, Path]]:
-    """Return the paths of each layer and its batch norm as tuples of names."""
+def parse_pairs(pairs: Any) -> list[tuple[Path, Path]]:
+    """Return the path of each layer and of its batch norm, as tuples of names."""
     items = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
     if not all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
         raise ValueError(
@@ -31,19 +31,20 @@ def _path(path: Any) -> Path:
 
 
 def check_paths(what: str, having: str, paths: list[Path], known: list[Path]) -> None:
-    """Refuse paths that are not among the known ones, or that are named twice."""
+    """Reject paths that are not among the known ones, or that are named twice."""
     unknown = [path for path in paths if path not in known]
     if unknown:
         raise ValueError(
-            f"pairs names {what} without {having}: {spell(unknown)}; those with one are "
-            f"{spell(known) or 'none'}."
+            f"pairs names {what} without {having}: {join_paths(unknown)}; those with one are "
+            f"{join_paths(known) or 'none'}."
         )
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
-        raise ValueError(f"pairs names {what} more than once: {spell(twice)}.")
+        raise ValueError(f"pairs names {what} more than once: {join_paths(twice)}.")
 
 
-def spell(paths: list[Path], separator: str = ", ") -> str:
+def join_paths(paths: list[Path], separator: str = ", ") -> str:
+    """Return paths as they are written in an error message."""
     return separator.join("/".join(path) for path in paths)
 
 
@@ -54,27 +55,27 @@ def plain_dicts(tree: Any) -> Any:
     return tree
 
 
-def holders(tree: dict[str, Any], leaf: str) -> list[Path]:
+def modules_with(tree: dict[str, Any], leaf: str) -> list[Path]:
     """Return the paths of all modules that have a leaf of this name."""
     own = [()] if leaf in tree and not isinstance(tree[leaf], dict) else []
     below = [
         (key, *path)
         for key, value in tree.items()
         if isinstance(value, dict)
-        for path in holders(value, leaf)
+        for path in modules_with(value, leaf)
     ]
     return own + below
 
 
-def at(tree: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the entries of a module; none where the module has none."""
+def module_entries(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the entries of a module, or an empty dict if it has none."""
     for key in path:
         tree = tree.get(key, {})
     return tree
 
 
 def remove(tree: dict[str, Any], path: Path) -> None:
-    """Remove a module, if it is there, and the modules around it that become empty."""
+    """Remove a module, if it exists, and the modules around it that become empty."""
     key, rest = path[0], path[1:]
     if key not in tree:
         return
@@ -85,7 +86,7 @@ def remove(tree: dict[str, Any], path: Path) -> None:
 
 
 def zero_bias(name: str, kernel: Any) -> np.ndarray | None:
-    """Return zeros of the shape of a layer's bias, or None where that is (C,), as `fold` has it."""
+    """Return zeros of the shape of a layer's bias, or None if that is (C,), `fold`'s default."""
     kind = re.fullmatch(r"(ConvLocal|DenseGeneral|Einsum)_\d+", name)
     shape = np.shape(kernel)
     if kind is None or len(shape) <= 2:
@@ -93,12 +94,7 @@ def zero_bias(name: str, kernel: Any) -> np.ndarray | None:
     if kind[1] == "ConvLocal":
         return np.zeros((*shape[:-2], shape[-1]), getattr(kernel, "dtype", None))
     raise ValueError(
-        f"the layer has no bias, and its kernel of shape {shape} does not tell the shape that its "
-        f"bias would have. Put a bias of zeros into its params, of the shape that the layer has "
-        f"with use_bias=True, and fold that."
+        f"the layer has no bias, and its kernel of shape {shape} does not determine the shape of "
+        f"one. Put a bias of zeros into its params, of the shape that the layer has with "
+        f"use_bias=True, and fold that."
     )
-
-
-def is_box(leaf: Any) -> bool:
-    """Whether a leaf has the interface of Flax's `AxisMetadata`, which need not be imported."""
-    return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")

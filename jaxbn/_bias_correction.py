@@ -1,0 +1,22 @@
+"""The bias correction of moving averages that start at zero."""
+
+from typing import Any
+
+import jax
+
+
+# Compiled, so that it rounds as the expressions of Haiku and Equinox do inside `jit`.
+@jax.jit
+def bias_correction(momentum: Any, count: Any) -> jax.Array:
+    r"""Return the divisor that makes a moving average unbiased: :math:`1 - m^{\mathrm{count}}`.
+
+    This is the total weight of the batches in an average that starts at zero. It is 0 before the
+    first batch.
+
+    Args:
+      momentum: the weight m of the old average in each update.
+      count: the number of updates so far.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015, section 3.
+    """
+    return 1 - momentum**count

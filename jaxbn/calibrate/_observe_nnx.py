@@ -1,0 +1,86 @@
+"""Observe the batch norms of an NNX model, by a change of the class of its copy's layers."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from flax import nnx
+
+from jaxbn.calibrate import _observe
+from jaxbn.calibrate._batches import arguments
+from jaxbn.calibrate._normalize import normalize
+from jaxbn.calibrate._observe import OBSERVED, PRESCRIBED, CallMoments, PerCall
+from jaxbn.nnx import BatchNorm, promoted
+
+_BATCH_NORMS = (BatchNorm, nnx.BatchNorm)
+
+
+def observable_nnx(
+    model: Any, variables: Any, apply_kwargs: Mapping[str, Any]
+) -> _observe.ObservableModel:
+    """Return an NNX model as `observable` does."""
+    if not isinstance(variables, nnx.State):
+        raise TypeError(
+            f"variables of an NNX model must be an nnx.State, such as nnx.state(model), got "
+            f"{type(variables).__name__}."
+        )
+    # `variables` may be only a part of the model's.
+    graphdef, all_variables = (model, variables)
+    if isinstance(model, nnx.Module):
+        graphdef, all_variables = nnx.split(model)
+
+    def observe(
+        states: Any, prescribed: PerCall[CallMoments], batch: Any, every_call: bool
+    ) -> PerCall[CallMoments]:
+        all_variables, variables = states
+        copy = nnx.merge(graphdef, all_variables)
+        nnx.update(copy, variables)
+        layers: dict[Any, Any] = {
+            path: node for path, node in nnx.iter_graph(copy) if isinstance(node, _BATCH_NORMS)
+        }
+        for path, layer in layers.items():
+            object.__setattr__(layer, "__class__", _observing(type(layer)))
+            layer.calibrate_every_call = every_call
+            for i, call in enumerate(prescribed.get(path, ())):
+                setattr(layer, f"{PRESCRIBED}{i}", nnx.BatchStat(call))
+        args, kwargs = arguments(batch)
+        with _observe.errors_explained():
+            copy(*args, **kwargs, **apply_kwargs)
+        return _observe.by_layer(
+            {
+                (*path, name): value.get_value()
+                for path, layer in layers.items()
+                for name, value in vars(layer).items()
+                if name.startswith(OBSERVED)
+            }
+        )
+
+    return _observe.ObservableModel(
+        observe, (all_variables, variables), variables, lambda statistics: statistics
+    )
+
+
+@cache
+def _observing(layer_class: type) -> type:
+    """Return the class that layers of a class have while they are observed."""
+    (base,) = (norm for norm in _BATCH_NORMS if issubclass(layer_class, norm))
+
+    def __call__(self, *args, **kwargs):
+        x, use_running_average, mask = _observe.call_arguments(*args, **kwargs)
+        if not _observe.is_observed(self, use_running_average, self.calibrate_every_call):
+            return base.__call__(self, *args, **kwargs)
+        call = _observe.next_call(lambda name: hasattr(self, name))
+        given = getattr(self, f"{PRESCRIBED}{call}", None)
+        given = None if given is None else given.get_value()
+        variables = (self.mean, self.var, self.scale, self.bias)
+        values = (None if v is None else v.get_value() for v in variables)
+        (x, _, _, scale, bias), dtype = promoted(self, x, *values)
+        y, observed = normalize(self, x, mask, {"scale": scale, "bias": bias}, given, dtype)
+        setattr(self, f"{OBSERVED}{call}", nnx.BatchStat(observed))
+        return y
+
+    observing = type(base.__name__, (base,), {"__call__": __call__})
+    # Between a derived class and its base, where the derived class calls `super().__call__`.
+    if layer_class is base:
+        return observing
+    return type(layer_class.__name__, (layer_class, observing), {})

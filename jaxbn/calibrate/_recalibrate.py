@@ -1,0 +1,129 @@
+"""Exact running statistics of a whole data set."""
+
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxbn.calibrate._observe import PerCall, observable
+from jaxbn.calibrate._passes import exact_statistics
+from jaxbn.calibrate._statistics import (
+    Statistics,
+    in_layer,
+    leaf_indices,
+    merge_statistics,
+    to_state,
+)
+
+Tree = TypeVar("Tree")
+
+
+def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwargs: Any) -> Tree:
+    r"""Return the variables with the exact running statistics of a whole data set.
+
+    Each batch norm's mean and variance become those of its input in one training step on all
+    batches at once, as one batch: earlier layers normalize with the statistics of the whole data
+    set too. The result does not depend on how the data is cut into batches, as long as nothing else
+    in the network is random or mixes examples. With :math:`n_i` values, mean :math:`\mu_i` and
+    biased variance :math:`\sigma_i^2` in batch :math:`i`, those of the data set are
+
+    .. math::
+
+        n = \sum_i n_i, \quad \mu = \frac{1}{n} \sum_i n_i \mu_i, \quad
+        \sigma^2 = \frac{1}{n} \sum_i n_i \left(\sigma_i^2 + (\mu_i - \mu)^2\right)
+
+    summed in float64. This is not the mean of the variances. A layer whose `running_variance` is
+    "unbiased" gets :math:`\sigma^2 n / (n - 1)`.
+
+    Use it when the running statistics no longer match the weights: after averaging (SWA, EMA),
+    quantization or pruning, or on a new domain.
+
+    The data is passed over once for each batch norm on the longest path through the network: each
+    pass makes the next layer's statistics exact. The passes end when one changes nothing, or after
+    as many as there are calls of batch norms.
+
+    The calibrated layers are `jaxbn.linen.BatchNorm`, `jaxbn.nnx.BatchNorm`, Flax's own two, and
+    classes derived from them. If any layer runs in training mode, in any batch, then only layers in
+    training mode are calibrated, and frozen ones normalize with their running statistics and keep
+    them. If all run in evaluation mode, all are calibrated, and whatever else depends on the mode,
+    such as dropout, behaves as in evaluation. `axis_name` and `virtual_batch_size` have no effect:
+    the data set is one batch.
+
+    A layer that is called several times normalizes each call with the statistics of that call, as
+    in training, and its running statistics become those of all calls together. Batches may call a
+    layer different numbers of times, or not at all, as sequences of different lengths do: the
+    statistics of third calls, for example, are over the batches that have one. Calls of different
+    layers must come in the same order in all batches. Calls inside a loop or branch of JAX that
+    carries the statistics, such as `nn.scan` with `variable_carry="batch_stats"`, cannot be
+    distinguished, and raise an error. `nn.scan` over layers, each with its own statistics, works.
+
+    Args:
+      model: a `flax.linen.Module`, an `flax.nnx.Module` or an `flax.nnx.GraphDef`. It is not
+        changed.
+      variables: the variables of a Linen model, or an `nnx.State`, such as `nnx.state(model)` or,
+        where the model is a `Module`, only its `BatchStat`. They are not changed.
+      batches: the inputs of the model, each an array; or a tuple of positional arguments, such as
+        an input and its mask; or a dict of keyword arguments. Arguments that are not arrays, such
+        as a bool, are static: the model is compiled for each of their values. Empty batches have no
+        effect. `batches` is iterated over several times; an iterator is first copied into a list.
+      **apply_kwargs: further arguments of `model.apply`, or of the NNX model, such as `train=True`
+        or `rngs`. `mutable` has no effect.
+
+    Returns:
+      Variables of the same structure, shapes and dtypes. Only `mean` and `var` of batch norms
+      differ, in features with at least one value, or two for an unbiased variance. `count`, the
+      number of training batches, is unchanged.
+
+    Raises:
+      TypeError: `model` or `variables` has another type, or `batches` is a mapping.
+      ValueError: there is no batch, no batch norm, or no value; one value per feature,
+        for which no unbiased variance exists; statistics that are not finite; a batch norm in a
+        loop that carries its statistics.
+
+    Example:
+      >>> import flax.linen as nn, jax, jaxbn.linen
+      >>> from jaxbn.calibrate import recalibrate
+      >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (1000, 4))
+      >>> model = nn.Sequential([nn.Dense(8), jaxbn.linen.BatchNorm(use_running_average=True)])
+      >>> variables = model.init(jax.random.key(1), x)
+      >>> variables = recalibrate(model, variables, [x[:300], x[300:]])
+      >>> y = model.apply(variables, x)
+      >>> print(f"{abs(y.mean()):.2f} {y.std():.2f}")
+      0.00 1.00
+
+    Source: the formula is that of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
+    Algorithm for Computing Sample Variances", 1979; one use is section 3.2 of Izmailov et al.,
+    "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
+    """
+    observed_model = observable(model, variables, apply_kwargs)
+    calls = exact_statistics(observed_model, batches)
+    return observed_model.replace_statistics(_replace(observed_model.statistics, calls))
+
+
+def _replace(statistics: Tree, calls: PerCall[Statistics]) -> Tree:
+    """Return the tree of running statistics with those of the calls, merged for each layer."""
+    leaves, structure = jax.tree.flatten(statistics)
+    indices = leaf_indices(statistics)
+    merged = {layer: reduce(merge_statistics, of_layer) for layer, of_layer in calls.items()}
+    if not any(np.any(new.n > 0) for new in merged.values()):
+        raise ValueError("batches hold no values: they are empty, or entirely masked out.")
+    for layer, new in merged.items():
+        by_name = indices.get(layer, {})
+        if not {"mean", "var"} <= by_name.keys():
+            raise ValueError(f"variables have no 'mean' and 'var'{in_layer(layer)}.")
+        if np.max(new.n, initial=0) == 1 and new.ddof.flat[0] == 1:
+            raise ValueError(
+                f"batches hold one value per feature{in_layer(layer)}, which has no unbiased "
+                f"variance; give more values, or set running_variance='biased' in the layer."
+            )
+        mean, var = by_name["mean"], by_name["var"]
+        leaves[mean], leaves[var] = state = to_state(new, leaves[mean], leaves[var])
+        is_kept = (new.n <= new.ddof.flat[0]).reshape(np.shape(state[0]))
+        if not all(np.all(np.isfinite(leaf) | is_kept) for leaf in state):
+            raise ValueError(
+                f"batches give statistics that are not finite{in_layer(layer)}: look for NaN, "
+                f"infinity or values that overflow in them and in the weights."
+            )
+    return jax.tree.unflatten(structure, leaves)
