@@ -18,7 +18,7 @@ import numpy as np
 
 import jaxbn
 from benchmarks import torch_contender
-from tests.oracle import Result
+from jaxbn.parity._oracle import Result
 
 MOMENTUM, EPSILON = jaxbn.FLAX["momentum"], jaxbn.FLAX["epsilon"]
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import jaxbn
-from tests.oracle import Result
+from jaxbn.parity._oracle import Result
 
 if TYPE_CHECKING:
     import torch

@@ -10,6 +10,7 @@ import pytest
 
 import jaxbn
 from jaxbn._shift import FRACTION
+from jaxbn.parity._hard_inputs import CONSTANTS, INPUTS, NORMAL, C, N
 from tests import forms, oracle
 from tests.accuracy import (
     BIAS,
@@ -22,17 +23,7 @@ from tests.accuracy import (
     run,
     step_in,
 )
-from tests.hard_inputs import (
-    ARRANGEMENTS,
-    CONSTANTS,
-    INPUTS,
-    NORMAL,
-    SAMPLED,
-    C,
-    N,
-    arranged,
-    extremes_sampled,
-)
+from tests.hard_inputs import ARRANGEMENTS, SAMPLED, arranged, extremes_sampled
 
 every_form = pytest.mark.parametrize("form", forms.FORMS)
 

@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxbn.parity._hard_inputs import CONSTANTS, INPUTS, C, N
 from tests import forms, oracle
 from tests.accuracy import BIAS, DY, LAYOUTS, SCALE, assert_accurate, step
-from tests.hard_inputs import ARRANGEMENTS, CONSTANTS, INPUTS, C, N, arranged
+from tests.hard_inputs import ARRANGEMENTS, arranged
 
 DEVICES = 8
 # Device i has i of seven rows, so the first has none.
