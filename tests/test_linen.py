@@ -100,6 +100,15 @@ class TestAgainstFlax:
         coarsest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(wanted))
         assert_close(got, wanted, 2 * coarsest, of_largest=True)
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("input_dtype", ["bfloat16", "float16", "float32"])
+    def test_a_given_dtype_needs_no_promotion(self, dtype, input_dtype):
+        """Tests run under strict promotion of dtypes, which Flax's layer does not survive here."""
+        y, _ = ours(dtype=dtype).init_with_output(
+            jax.random.key(0), jnp.ones((8, 6), input_dtype), False
+        )
+        assert y.dtype == dtype
+
     def test_mask_where_it_counts(self):
         mask = np.random.default_rng(1).random((8, 1)) < 0.6
         wanted = steps(nn.BatchNorm(), (8, 6), jnp.float32, mask=mask)
