@@ -1,6 +1,6 @@
 """Ways of sharing one batch among devices, and batches for which that is hard."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ TOLERANCE = 1e-9
 
 
 def function(x, params, state, **options):
-    """The function itself, and the Linen module, as the same function of the same arguments."""
+    """Call the function itself; `linen` calls the module with the same arguments."""
     return jaxbn.batch_norm(params, state, x, True, **options)
 
 
@@ -31,13 +31,17 @@ def linen(x, params, state, mask=None, **options):
 
 
 def step(x, mask, dy, params, state, layer=function, **options):
-    """y, dx, the gradients of the parameters, and the new state."""
+    """Return `y`, `dx`, the gradients of the parameters, and the new state."""
 
     def forward(x, params):
         return layer(x, params, state, mask=mask, **options)
 
     y, vjp, state = jax.vjp(forward, x, params, has_aux=True)
     return y, *vjp(dy), state
+
+
+# On one device, and by sharding: the reference in most tests.
+compiled_step = jax.jit(step, static_argnames="layer")
 
 
 def split(batch):
@@ -48,65 +52,90 @@ def join(batch):
     return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), batch)
 
 
+@cache
+def mapped(map_, layer):
+    each = partial(step, layer=layer, axis_name="data")
+    over = map_(each, axis_name="data", in_axes=(0, 0, 0, None, None))
+    return over if map_ is jax.pmap else jax.jit(over)
+
+
 def by_mapping(map_, batch, params, state, layer):
-    """`vmap` and `pmap`: every device has results of its own, those of the parameters too."""
-    each = partial(step, params=params, state=state, layer=layer, axis_name="data")
-    y, dx, dparams, states = map_(each, axis_name="data")(*split(batch))
-    # A device's own part: what its outputs ask for, under a mask too, where they are the bias.
+    """Use `vmap` or `pmap`: every device has its own results, those of the parameters too."""
+    y, dx, dparams, states = mapped(map_, layer)(*split(batch), params, state)
+    # The gradient of a device's own bias: the sum of its cotangents, masked-out ones included.
     own = split(batch)[2].sum((1, 2))
     np.testing.assert_allclose(dparams["bias"], own, rtol=1e-5, atol=1e-5)
     return *join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams), states
 
 
-def by_shard_map(batch, params, state, layer, axes=("data",), sizes=(DEVICES,), check=True):
-    """`shard_map`; where it checks replication, it sums the parameters' gradients by itself."""
+@cache
+def shard_mapped(layer, axes, sizes, check):
     name = axes if len(axes) > 1 else axes[0]
 
-    def each(batch):
+    def each(batch, params, state):
         y, dx, dparams, new = step(*batch, params, state, layer, axis_name=name)
         if not check:
             dparams = jax.lax.psum(dparams, name)
         return y, dx, dparams, new, jax.tree.map(lambda v: v[None], new)
 
     mesh = jax.make_mesh(sizes, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
-    mapped = jax.shard_map(
-        each,
-        mesh=mesh,
-        in_specs=P(axes),
-        out_specs=(P(axes), P(axes), P(), P(), P(axes)),
-        check_vma=check,
+    return jax.jit(
+        jax.shard_map(
+            each,
+            mesh=mesh,
+            in_specs=(P(axes), P(), P()),
+            out_specs=(P(axes), P(axes), P(), P(), P(axes)),
+            check_vma=check,
+        )
     )
-    y, dx, dparams, _, states = jax.jit(mapped)(batch)
+
+
+def by_shard_map(batch, params, state, layer, axes=("data",), sizes=(DEVICES,), check=True):
+    """Use `shard_map`, which sums the parameters' gradients itself if it checks replication."""
+    y, dx, dparams, _, states = shard_mapped(layer, axes, sizes, check)(batch, params, state)
     return y, dx, dparams, states
 
 
+@cache
+def vmapped_twice(layer):
+    each = partial(step, layer=layer, axis_name=["outer", "inner"])
+    in_axes = (0, 0, 0, None, None)
+    inner = jax.vmap(each, axis_name="inner", in_axes=in_axes)
+    return jax.jit(jax.vmap(inner, axis_name="outer", in_axes=in_axes))
+
+
 def by_vmap_of_vmap(batch, params, state, layer):
-    """Two names, given as a list."""
-    each = partial(step, params=params, state=state, layer=layer, axis_name=["outer", "inner"])
-    mapped = jax.vmap(jax.vmap(each, axis_name="inner"), axis_name="outer")
+    """Use two nested `vmap`s, and give the names of both axes in a list."""
     fold = partial(jax.tree.map, lambda v: v.reshape(2, DEVICES // 2, -1, *v.shape[1:]))
-    results = mapped(*fold(batch))
+    results = vmapped_twice(layer)(*fold(batch), params, state)
     y, dx, dparams, states = jax.tree.map(lambda v: v.reshape(DEVICES, *v.shape[2:]), results)
     return *join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams), states
 
 
-def by_vmap_in_shard_map(batch, params, state, layer):
-    """Four devices, of which each maps over two parts of its own."""
+@cache
+def vmapped_in_shard_map(layer):
     mesh = jax.make_mesh((DEVICES // 2,), ("outer",), axis_types=(jax.sharding.AxisType.Auto,))
-    each = partial(step, params=params, state=state, layer=layer, axis_name=("outer", "inner"))
-    mapped = jax.shard_map(
-        lambda parts: jax.vmap(each, axis_name="inner")(*parts),
-        mesh=mesh,
-        in_specs=P("outer"),
-        out_specs=P("outer"),
-        check_vma=False,
+    each = partial(step, layer=layer, axis_name=("outer", "inner"))
+    inner = jax.vmap(each, axis_name="inner", in_axes=(0, 0, 0, None, None))
+    return jax.jit(
+        jax.shard_map(
+            lambda batch, params, state: inner(*batch, params, state),
+            mesh=mesh,
+            in_specs=(P("outer"), P(), P()),
+            out_specs=P("outer"),
+            check_vma=False,
+        )
     )
-    y, dx, dparams, states = jax.jit(mapped)(split(batch))
+
+
+def by_vmap_in_shard_map(batch, params, state, layer):
+    """Use four devices, of which each maps over two parts of the batch."""
+    y, dx, dparams, states = vmapped_in_shard_map(layer)(split(batch), params, state)
     return *join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams), states
 
 
 def by_jit(batch, params, state, layer, features=False, axis_type=jax.sharding.AxisType.Auto):
-    """`jit` over sharded arrays: no axis name, and nothing to sum by hand."""
+    """Use `jit` with sharded arrays: no axis name, and nothing to sum by hand."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     feature = "model" if features else None
     sharded = NamedSharding(mesh, P("data" if features else ("data", "model"), None, feature))
@@ -115,12 +144,12 @@ def by_jit(batch, params, state, layer, features=False, axis_type=jax.sharding.A
     params, state = jax.tree.map(lambda v: jax.device_put(v, whole), (params, state))
     assert len(x.sharding.device_set) == DEVICES
     with jax.set_mesh(mesh):
-        y, dx, dparams, new = jax.jit(partial(step, layer=layer))(x, mask, dy, params, state)
+        y, dx, dparams, new = compiled_step(x, mask, dy, params, state, layer=layer)
     return y, dx, dparams, jax.tree.map(copies, new)
 
 
 def copies(array):
-    """Every device's own copy of an array, whole: put together from equal places of its shards."""
+    """Return each device's own copy of an array, stacked over devices."""
     shards = {}
     for shard in array.addressable_shards:
         start = shard.index[0].start or 0
@@ -156,13 +185,13 @@ def no_mask(rng, shape):
 
 
 def unequal(rng, shape):
-    """Each device's share of values that count is its own."""
+    """Count a share of the values that differs between devices."""
     share = np.repeat(np.linspace(0.1, 0.9, DEVICES), shape[0] // DEVICES)
     return rng.random(shape) < share[:, None, None]
 
 
 def a_device_without(rng, shape):
-    """Nothing counts on the third device, and everything elsewhere."""
+    """Count nothing on the third device, and everything elsewhere."""
     mask = np.ones(shape, bool)
     mask[2 * shape[0] // DEVICES : 3 * shape[0] // DEVICES] = False
     return mask
