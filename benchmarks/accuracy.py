@@ -1,4 +1,4 @@
-"""Largest errors on inputs that are hard in float32, against extended precision."""
+"""Measure the largest errors on inputs that are hard in float32, against extended precision."""
 
 import functools
 import math
@@ -40,6 +40,6 @@ def measure(settings: Settings) -> dict[str, Any]:
             layer = make(Problem(x.shape, -1, "float32"))
             numbers = layer.numbers(layer.put(arrays))
             found = {f: _oracle.error(getattr(numbers, f), getattr(truth, f)) for f in COMPARED}
-            # JSON has no word for what is not a number.
+            # JSON has neither NaN nor infinity.
             errors[name][contender] = {f: e if math.isfinite(e) else None for f, e in found.items()}
     return {"shapes": shapes, "dtype": "float32", "missing": missing, "errors": errors}
