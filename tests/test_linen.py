@@ -249,7 +249,7 @@ def test_frozen_while_the_rest_trains():
         return jnp.sum(jnp.sin(y)), updates["batch_stats"]["norm"]
 
     def by_hand(params):
-        z = nn.Dense(3).apply({"params": params["dense"]}, x)
+        z: Any = nn.Dense(3).apply({"params": params["dense"]}, x)
         mean, var, scale, bias = (
             v[None] for v in (*stats.values(), params["norm"]["scale"], params["norm"]["bias"])
         )
