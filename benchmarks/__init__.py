@@ -1,1 +1,1 @@
-"""What batch norm costs, measured: run with `python -m benchmarks…`."""
+"""Measurements of what batch norm costs. Run them with `python -m benchmarks`."""

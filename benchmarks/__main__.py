@@ -1,4 +1,4 @@
-"""Measures this project's batch norm against others, on the backend that JAX runs on.
+"""Measure this project's batch norm against others, on the backend that JAX runs on.
 
 Prints the tables, and writes results.json, results.md and a picture for each of speed, memory and
 accuracy. Each section can be run alone: --only speed, or --only memory,accuracy.
@@ -28,7 +28,7 @@ QUIET = {
 
 
 def run_quietly() -> None:
-    """Starts this command once more, where what must be set before a process starts is not."""
+    """Restart this command if variables that a process reads at its start are not set."""
     missing = {name: value for name, value in QUIET.items() if name not in os.environ}
     if sys.platform != "linux" or not missing:
         return
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
             if not args.only or name in args.only:
                 results["sections"][name] = measure(settings)
 
-    # Written before it is printed: a report that cannot be drawn loses no measurement.
+    # Written first, so that an error in the report loses no measurement.
     results_json = args.out / "results.json"
     results_json.write_text(json.dumps(results, indent=1) + "\n")
     markdown = report.markdown(results, shlex.join(["python", "-m", "benchmarks", *argv]))

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: how many, and how many bytes.
+"""Count the collectives of a compiled program, and their bytes.
 
 `python -m benchmarks.collectives` prints those of one layer, as JSON.
 """
@@ -31,7 +31,7 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
 def of_batch_norm(
     devices: int, features: int, dtype: str = "float32"
 ) -> tuple[list[Collective], list[Collective]]:
-    """Those of one layer's forward pass, and those that its backward pass adds, in `shard_map`."""
+    """Return the collectives of one layer in `shard_map`: forward, and what backward adds."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     params, state = jaxbn.init((2, features))
     x = jnp.ones((2 * devices, features), dtype)
@@ -55,7 +55,7 @@ def of_batch_norm(
 
 
 def count() -> dict[str, Any]:
-    """Those of one layer on two devices, four, and so on, as far as there are devices."""
+    """Return the collectives of one layer on two devices, four, and so on, up to all devices."""
     cases = []
     devices = 2
     while devices <= jax.device_count():
@@ -66,7 +66,7 @@ def count() -> dict[str, Any]:
 
 
 def count_somewhere() -> dict[str, Any]:
-    """Counted on the devices at hand or, where there is one, by a process with eight of the CPU."""
+    """Count on the devices here or, if there is only one, in a process with eight CPU devices."""
     if jax.device_count() > 1:
         return count()
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What XLA compiles for an H100 and for TPUs, counted without having one.
+"""Count what XLA compiles for an H100 and for TPUs, without having one.
 
 `python -m benchmarks.compiled tpu layers` prints one part of it, as JSON. It needs the compiler,
 and the environment variables, of `benchmarks.targets`; `python -m benchmarks --only compiled` sets
@@ -50,7 +50,7 @@ def temporary_bytes(program: jax.stages.Compiled) -> int:
 
 
 def layers(target: str, quick: bool) -> Records:
-    """One layer on one device. Quick: forward and backward without masks, which tests bound."""
+    """Count one layer on one device. With `quick`, only forward and backward without masks."""
     device = targets.devices(target)[0]
     chosen = [one for one in programs.cases() if not quick or (one.backward and not one.masked)]
     names = ["ours", "Flax"] if quick else list(programs.LAYERS)
@@ -61,7 +61,7 @@ def layer(target: str, name: str, case: Case, device: Any) -> dict[str, Any]:
     program = programs.layer(name, case, SIZES, SingleDeviceSharding(device))
     counts = hlo.count(program.as_text() or "")
     input_bytes = int(np.prod(SIZES)) * jnp.dtype(case.dtype).itemsize
-    # The product reads `y` and writes the cotangent.
+    # The loss, a product, reads `y` and writes the cotangent.
     passes = program_bytes(target, program, counts) / input_bytes - 2 * case.backward
     return {
         "layer": name,
@@ -74,7 +74,7 @@ def layer(target: str, name: str, case: Case, device: Any) -> dict[str, Any]:
 
 
 def network(target: str, quick: bool) -> Records:
-    """A training step of ResNet-50 in bfloat16, on an H100 or, under `jit`, on four TPU chips.
+    """Count a training step of ResNet-50 in bfloat16, on one H100 or, under `jit`, four TPU chips.
 
     Quick: one block a stage instead of three to six.
     """
@@ -100,7 +100,7 @@ def network(target: str, quick: bool) -> Records:
 
 
 def collectives(target: str, quick: bool) -> Records:
-    """The batch norms of a ResNet-50 on many TPU chips, each compiled alone, forward and backward.
+    """Count the batch norms of a ResNet-50 on many TPU chips, each compiled by itself.
 
     Quick: 64 features on four chips.
     """
@@ -121,7 +121,7 @@ def collectives(target: str, quick: bool) -> Records:
 def collectives_of_layers(
     layers_of: Mapping[int, int], chips: int, under: str, dtype: str, name: str
 ) -> dict[str, Any]:
-    """Return those of a number of layers for each number of features, and of all together."""
+    """Return the counts of the layers of each number of features, and of all layers together."""
     devices = targets.devices("tpu", TOPOLOGIES[chips])
     each = []
     for features, count in sorted(layers_of.items()):
@@ -179,7 +179,7 @@ def versions() -> dict[str, str]:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Every part for each compiler at hand, and what other environments left in the folder."""
+    """Count every part for each installed compiler, and add results of other environments."""
     found: dict[str, Any] = {}
     installed = [target for target in targets.TARGETS if targets.is_installed(target)]
     for target, name in settings.track([*itertools.product(installed, PARTS)], "compiled"):

@@ -1,4 +1,4 @@
-"""The layers that are measured, each behind one interface, doing the same job.
+"""The layers that are measured, behind one interface.
 
 All keep `scale`, `bias` and running statistics in float32, return `y` in the input's type, use
 Flax's convention, and return new running statistics from training. What a library's interface
@@ -18,13 +18,13 @@ import numpy as np
 
 import jaxbn
 from benchmarks import torch_contender
-from tests.oracle import Result
+from jaxbn.parity._oracle import Result
 
 MOMENTUM, EPSILON = jaxbn.FLAX["momentum"], jaxbn.FLAX["epsilon"]
 
 
 class Problem(NamedTuple):
-    """What a contender compiles for."""
+    """The shape, feature axis and dtype that a contender compiles for."""
 
     shape: tuple[int, ...]
     axis: int
@@ -42,7 +42,7 @@ class Arrays(NamedTuple):
 
 
 class Contender(Protocol):
-    """A layer, ready for one problem; `put` gives the arrays in the form that the calls take."""
+    """A layer for one problem. `put` returns arrays in the form that the calls take."""
 
     def put(self, arrays: Arrays) -> Any: ...
     def forward(self, batch: Any) -> Any: ...
@@ -123,7 +123,7 @@ def haiku(problem: Problem) -> Layer:
         return {names[0]: average(mean), names[1]: average(var)}
 
     def statistics(state):
-        # Before Haiku takes out the initial value, which the others keep.
+        # Before Haiku removes the weight of the initial value, which the others keep.
         mean, var = (state[name]["hidden"].reshape(-1) for name in names)
         return mean, var
 
@@ -145,13 +145,13 @@ def equinox(problem: Problem) -> Layer:
             return weighted(x, state, inference=not train)
 
         mapped = jax.vmap(of_example, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-        # It wants features first. Where they are last, every pixel is an example, which spares it
-        # a transposition.
+        # Equinox takes features first. Where they are last, every pixel is made an example,
+        # which saves a transposition.
         y, state = mapped(x if problem.axis == 1 else x.reshape(-1, features), state)
         return y.reshape(x.shape).astype(x.dtype), state
 
     index = layer.batch_state_index
-    assert index is not None  # as in this mode
+    assert index is not None  # It is None in another mode only.
 
     def state(mean, var):
         # A copy, since `set` makes the state that it is called on invalid.
@@ -161,7 +161,7 @@ def equinox(problem: Problem) -> Layer:
 
 
 class Batch(NamedTuple):
-    """What `JaxContender` puts: the arrays, with the running statistics as the layer's state."""
+    """The arrays, with the running statistics as the layer's state."""
 
     x: jax.Array
     dy: jax.Array
@@ -171,7 +171,7 @@ class Batch(NamedTuple):
 
 
 class JaxContender:
-    """A layer under `jit`, one program for each pass."""
+    """A layer under `jit`, with one program for each pass."""
 
     def __init__(self, layer: Callable[[Problem], Layer], problem: Problem):
         apply, self.state, self.statistics = layer(problem)
@@ -220,7 +220,7 @@ JAX_LAYERS: Mapping[str, tuple[str, Callable[[Problem], Layer]]] = {
 
 
 def available() -> tuple[dict[str, Callable[[Problem], Contender]], dict[str, str]]:
-    """The contenders that can run here, ours first, and why the others cannot."""
+    """Return the contenders that can run here, ours first, and why the others cannot."""
     found: dict[str, Callable[[Problem], Contender]] = {}
     missing = {}
     for name, (module, layer) in JAX_LAYERS.items():

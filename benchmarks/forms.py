@@ -1,4 +1,4 @@
-"""Ways to write the sums and the moments of a batch: how long each takes, and what it writes out.
+"""Compare ways to write the sums and moments of a batch: their time, and the bytes they write.
 
 The compiler decides how many passes over the batch a form costs. These are forms in use, and
 forms that were tried and lost.
@@ -67,7 +67,7 @@ def reduction_of_two(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def moments_of(platform: str, shift: jax.Array | None, x: jax.Array) -> Moments:
-    """Return the moments by the form that `platform` gets, compiled for the one at hand."""
+    """Return the moments in the form of `platform`, compiled for the backend that runs."""
 
     def by_platform(*arguments: jax.Array, **forms: Callable[..., Any]) -> Any:
         return forms.get(platform, forms["default"])(*arguments)
@@ -97,7 +97,7 @@ FORMS: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
 
 
 def compiled(form: Callable[..., Any], *arguments: jax.Array) -> jax.stages.Compiled:
-    # What was traced for another platform's form must not be found again.
+    # Forget what was traced for the form of another platform.
     jax.clear_caches()
     return jax.jit(form).lower(*arguments).compile()
 

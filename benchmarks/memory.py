@@ -1,4 +1,4 @@
-"""Bytes: what one layer keeps for its backward pass, and the temporaries of a network's step."""
+"""Measure the bytes one layer keeps for its backward pass, and the temporaries of a step."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ LAYERS = ["ours", "Flax"]
 
 
 def kept_bytes(name: str, problem: Problem) -> int:
-    """Bytes of the distinct arrays that the backward pass of a compiled forward pass holds."""
+    """Return the bytes of the distinct arrays that a compiled forward pass keeps for backward."""
     contender = JaxContender(JAX_LAYERS[name][1], problem)
     x, _, scale, bias, state = contender.put(arrays(problem))
 
@@ -28,7 +28,7 @@ def kept_bytes(name: str, problem: Problem) -> int:
 
 
 def step_temporaries(norm: str, dtype: str, shape: tuple[int, ...], **model: Any) -> int | None:
-    """Bytes of temporary memory of a compiled training step, or None where no backend tells."""
+    """Return a compiled step's bytes of temporary memory, or None if the backend does not tell."""
     net = ResNet(NORMS[norm], dtype=dtype, **model)
     images = jax.ShapeDtypeStruct(shape, dtype)
     labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32)

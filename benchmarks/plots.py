@@ -1,4 +1,4 @@
-"""The pictures: one for each section that is more than a handful of numbers."""
+"""Draw a picture of each section that has more than a handful of numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +62,7 @@ def accuracy(data: dict[str, Any], path: Path) -> None:
     for at, field in zip(axes, fields, strict=True):
         for k, name in enumerate(names):
             errors = [data["errors"][i][name][field] for i in inputs]
-            # Both ends of the logarithmic axis: what is exact, and what is not a number.
+            # Exact results and NaN lie at the ends of the logarithmic axis.
             places = [_NOT_A_NUMBER if e is None else max(e, _EXACT) for e in errors]
             shift = (k - (len(names) - 1) / 2) * 0.1
             at.plot(places, np.arange(len(inputs)) + shift, "o", ms=4, label=name)
@@ -93,7 +93,7 @@ def memory(data: dict[str, Any], path: Path) -> None:
 
 
 def compiled(data: dict[str, Any], path: Path) -> None:
-    """What a layer and a ResNet's step read and write, a column for each machine."""
+    """Plot the bytes that a layer and a ResNet's step read and write, by machine."""
     found = data["targets"]
     figure, axes = plt.subplots(
         *(2, max(len(found), 1)),

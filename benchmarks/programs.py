@@ -1,4 +1,4 @@
-"""The programs that are compiled for machines which are not there: layers, a network's step."""
+"""Programs that are compiled for machines that are not present: a layer, a network's step."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Memory and time of a chain of convolution → batch norm → relu blocks, by what is kept of it.
+"""Measure memory and time of a chain of convolution → batch norm → relu blocks by what is kept.
 
 `jax.checkpoint` always keeps what goes into the function it wraps; its policy says, by name, what
 else the backward pass may find where it left it. The rest is computed again. The blocks run under
@@ -28,7 +28,7 @@ keep_products = partial(jax.checkpoint, policy=keep_names("convolution", "batch_
 
 
 def convolve(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """A convolution of 1 x 1, which is a matrix product: others crawl under `scan` on the CPU."""
+    """Return a 1 x 1 convolution, a matrix product: others are slow under `scan` on a CPU."""
     return checkpoint_name(x @ kernel, "convolution")
 
 
@@ -38,7 +38,7 @@ def normalize(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
 
 
 def cut_before_the_convolution(wrap: Wrap, weights: Any, states: Any, x: jax.Array) -> Any:
-    """Wraps convolution → batch norm → relu."""
+    """Checkpoint blocks of convolution → batch norm → relu."""
 
     @wrap
     def block(x, weights_and_state):
@@ -49,7 +49,7 @@ def cut_before_the_convolution(wrap: Wrap, weights: Any, states: Any, x: jax.Arr
 
 
 def cut_after_the_convolution(wrap: Wrap, weights: Any, states: Any, x: jax.Array) -> Any:
-    """Wraps batch norm → relu → the next block's convolution: the same chain, cut elsewhere."""
+    """Checkpoint batch norm → relu → the next convolution: the same chain, cut elsewhere."""
 
     @wrap
     def block(x, weights_and_state):
@@ -79,7 +79,7 @@ CHAINS: dict[str, Callable[..., Any]] = {
 
 
 def training_step(chain: Callable[..., Any]) -> Any:
-    """`step(weights, states, x) -> (gradients, states)`."""
+    """Return `step(weights, states, x) -> (gradients, states)`."""
 
     def loss(weights, states, x):
         y, states = chain(weights, states, x)
@@ -89,7 +89,7 @@ def training_step(chain: Callable[..., Any]) -> Any:
 
 
 def arguments(shape: tuple[int, ...], blocks: int, dtype: str) -> tuple[Any, Any, jax.Array]:
-    """Weights and states, stacked over the blocks, and the input."""
+    """Return weights and states, stacked over the blocks, and the input."""
     features = shape[-1]
     of_kernels, of_x = jax.random.split(jax.random.key(0))
     he = jax.nn.initializers.he_normal(batch_axis=0)

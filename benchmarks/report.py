@@ -1,4 +1,4 @@
-"""The tables, in Markdown."""
+"""Write the results as tables in Markdown."""
 
 import os
 import platform

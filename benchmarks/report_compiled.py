@@ -1,4 +1,4 @@
-"""The tables of what was compiled, in Markdown."""
+"""Write the counts of compiled programs as tables in Markdown."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -124,7 +124,7 @@ def _network_table(records: Sequence[dict[str, Any]]) -> str:
 
 def _collectives_table(records: Sequence[dict[str, Any]]) -> str:
     def row(one: dict[str, Any]) -> list[str]:
-        # The same program for every number of features, but for the sizes.
+        # For every number of features the program is the same, except for its sizes.
         first, last = one["each"][0], one["each"][-1]
         kinds = {", ".join(f"{n} {kind}" for kind, n in e["kinds"].items()) for e in one["each"]}
         return [

@@ -1,4 +1,4 @@
-"""ResNets (He et al., 2015) with the norm to be chosen, and their training step."""
+"""ResNets (He et al., 2015) with a norm of choice, and their training step."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -84,7 +84,7 @@ RESNET50: dict[str, Any] = {"block": Bottleneck, "blocks": (3, 4, 6, 3)}
 
 
 def training_step(model: nn.Module) -> Callable[..., tuple[Any, jax.Array]]:
-    """`step(variables, images, labels) -> (variables, loss)`, by gradient descent."""
+    """Return `step(variables, images, labels) -> (variables, loss)`, gradient descent."""
 
     def step(variables, images, labels):
         def loss(params):

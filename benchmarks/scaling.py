@@ -1,4 +1,4 @@
-"""What statistics across devices cost: counted, measured on CPU devices, modelled beyond.
+"""Count, measure on CPU devices and model what statistics across devices cost.
 
 `python -m benchmarks.scaling` prints the tables of docs/scaling.md and writes its picture.
 """
@@ -97,7 +97,7 @@ def print_counted() -> None:
 def medians(
     first: Callable[[], object], second: Callable[[], object], rounds: int = 101
 ) -> tuple[float, float, float]:
-    """Median seconds of both, taken turn by turn, and the median of the differences of pairs."""
+    """Return the median seconds of both, timed in turn, and the median difference of pairs."""
     times = turn_by_turn({"first": first, "second": second}, at_least=rounds, at_most=rounds)
     both = list(zip(times["first"], times["second"], strict=True))
     return (
@@ -108,7 +108,7 @@ def medians(
 
 
 def print_measured() -> None:
-    """A training step of one layer with and without `axis_name`, on CPU devices."""
+    """Measure a training step of one layer with and without `axis_name`, on CPU devices."""
     print(
         "\nMeasured on CPU devices of one machine, 64 rows each, forward and backward, medians:\n"
     )

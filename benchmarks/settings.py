@@ -1,4 +1,4 @@
-"""What every benchmark is told."""
+"""The settings of all benchmarks."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 def silently(things: Iterable[Any], description: str) -> Iterable[Any]:
-    """A `track` that shows nothing."""
+    """Iterate without showing progress."""
     del description
     return things
 

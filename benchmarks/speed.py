@@ -1,4 +1,4 @@
-"""Seconds of training forward, forward and backward, and evaluation, of one layer."""
+"""Measure the seconds of one layer: training forward, forward and backward, and evaluation."""
 
 import argparse
 import gc
@@ -22,7 +22,7 @@ from benchmarks.settings import Settings
 RESNET50 = [(112, 64), (56, 64), (56, 256), (28, 512), (14, 256), (14, 1024), (7, 2048)]
 SHAPES = [*[(32, size, size, features) for size, features in RESNET50], (8192, 512)]
 QUICK_SHAPES = [(4, 14, 14, 64)]
-# Less is copied in the time that it takes to start a program: no measure of memory.
+# Copying less than this takes no longer than starting a program, and does not measure memory.
 LEAST_BYTES_OF_A_FLOOR = 4_000_000
 DTYPES = ["float32", "bfloat16"]
 PASSES = list(timing.FLOOR_PASSES)
@@ -47,7 +47,7 @@ def data_names(text: str) -> tuple[str, ...]:
 
 
 def problems(shapes: list[tuple[int, ...]]) -> list[tuple[str, Problem]]:
-    """Layouts and problems. An (N, C) batch has one layout, and stands with those features last."""
+    """Return layouts and problems. An (N, C) batch counts among those with features last."""
     found = []
     for shape, dtype in itertools.product(shapes, DTYPES):
         found.append(("NHWC", Problem(shape, -1, dtype)))
@@ -78,7 +78,7 @@ def arrays(problem: Problem, data: str = "settled") -> Arrays:
 
 @jax.jit
 def copy(x: jax.Array) -> jax.Array:
-    """Reads and writes every bit once. A plain copy may run on one thread where this takes all."""
+    """Read and write every bit once, on all threads, where a plain copy may run on one."""
     return ~x.view(f"uint{8 * x.dtype.itemsize}")
 
 
@@ -144,8 +144,10 @@ def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def touch_memory(bytes_: int) -> None:
-    """Has the C library take so much from the system, and keep it (see __main__.py), so that no
-    contender is the first to touch a page. Not by NumPy, which asks for huge pages."""
+    """Let the C library take this much memory and keep it, as __main__.py sets it up.
+
+    No contender is then the first to touch a page. NumPy would ask for huge pages instead.
+    """
     block = b"x" * bytes_
     del block
 
@@ -159,7 +161,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     for layout, problem in settings.track(todo, "speed"):
         found = time_problem(problem, makers, settings)
         records += [{"layout": layout, **record} for record in found]
-        # A case's arrays and programs are gone before the next one's come.
+        # Free the arrays and programs of a case before the next one.
         gc.collect()
         jax.clear_caches()
     return {

@@ -1,4 +1,4 @@
-"""The machines that programs are compiled for here, without having one: an H100, and TPUs."""
+"""Machines that programs are compiled for without having one: an H100, and TPUs."""
 
 import importlib.util
 import os
@@ -37,7 +37,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Target(NamedTuple):
-    """A compiler: the module that holds it, how to install it, and what it must find at start."""
+    """A compiler: its module, how to install it, and the environment that it needs."""
 
     title: str
     module: str

@@ -1,4 +1,4 @@
-"""Times taken turn by turn, so that what disturbs one contender disturbs them all, and ratios."""
+"""Time contenders in turn, so that a disturbance hits them all, and compare their times."""
 
 import statistics
 import time
@@ -20,11 +20,11 @@ def turn_by_turn(
     seconds: float = 2.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round: `at_least` rounds, more while `seconds` last.
+    """Return the seconds of every call: `at_least` rounds, and more until `seconds` have passed.
 
-    Arrays of JAX are waited for; a call that returns anything else must wait by itself.
+    JAX arrays are waited for. A call that returns anything else must wait by itself.
     """
-    for call in calls.values():  # compiled, and memory taken, before the clock runs
+    for call in calls.values():  # Compile and allocate before the clock runs.
         jax.block_until_ready(call())
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = clock()
@@ -35,25 +35,30 @@ def turn_by_turn(
             start = clock()
             result = jax.block_until_ready(calls[name]())
             times[name].append(clock() - start)
-            del result  # freed outside of everybody's time
+            del result  # Free it while no clock runs.
     return times
 
 
 def order(names: Sequence[str], k: int) -> list[str]:
-    """Rotated, so that each comes first in turn, and every other time backwards, so that none
-    always follows the same one."""
+    """Rotate the names, and reverse them in every other round.
+
+    Each comes first in turn, and none always follows the same one.
+    """
     at = k // 2 % len(names)
     rotated = [*names[at:], *names[:at]]
     return rotated[::-1] if k % 2 else rotated
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """The median of the ratios of pairs of one round."""
+    """Return the median ratio of times of the same round."""
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
 def floor_fraction(times: Sequence[float], copies: Sequence[float], kind: str) -> float:
-    """The least time that the traffic of `kind` takes, by a copy's two passes, over the time."""
+    """Return the least time that the traffic of `kind` takes, over the time it took.
+
+    A copy, which is two passes over memory, gives the time of one.
+    """
     return FLOOR_PASSES[kind] / 2 * median_ratio(copies, times)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import jaxbn
-from tests.oracle import Result
+from jaxbn.parity._oracle import Result
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 def device(backend: str) -> str:
-    """PyTorch's name for what JAX runs on, or RuntimeError."""
+    """Return PyTorch's name of the device that JAX runs on, or raise RuntimeError."""
     import torch
 
     if backend == "cpu":
@@ -37,7 +37,7 @@ def device(backend: str) -> str:
 
 
 class TorchContender:
-    """Eager, as PyTorch is mostly used. It updates the running statistics in place."""
+    """PyTorch run eagerly, as it mostly is. It updates the running statistics in place."""
 
     def __init__(self, device: str, problem: Problem):
         import torch
@@ -49,7 +49,7 @@ class TorchContender:
 
     def put(self, arrays: Arrays) -> Batch:
         def tensor(value: jax.Array) -> torch.Tensor:
-            # NumPy's arrays of bfloat16 are unknown to PyTorch; float32 holds them exactly.
+            # PyTorch does not take NumPy arrays of bfloat16. float32 holds their values exactly.
             return self.torch.from_numpy(np.array(value, np.float32)).to(self.device)
 
         x, dy = (tensor(v).to(self.dtype) for v in (arrays.x, arrays.dy))

@@ -1,4 +1,4 @@
-"""Seconds of a whole training step of a ResNet-18, with our layer and with Flax's.
+"""Measure the seconds of a training step of a ResNet-18, with our layer and with Flax's.
 
 The images are crops of photographs, and the running statistics are warmed up, so the activations
 are about as far from zero as those of networks at initialization are.
@@ -25,11 +25,11 @@ VIEW = 224
 
 
 def setup(quick: bool, on_cpu: bool) -> tuple[dict[str, Any], tuple[int, ...], list[str]]:
-    """The model's keywords, the images' shape, and the types to compute in."""
+    """Return the model's keywords, the shape of the images, and the dtypes to compute in."""
     if quick:
         return {"stem": "small", "blocks": (1,), "features": 8}, (4, 16, 16, 3), ["float32"]
     if on_cpu:
-        # Convolutions in bfloat16 are not what a CPU is for.
+        # Convolutions in bfloat16 are slow on a CPU.
         return {"stem": "small"}, (32, 32, 32, 3), ["float32"]
     return {}, (64, 224, 224, 3), ["float32", "bfloat16"]
 
@@ -51,7 +51,7 @@ def photographs(shape: tuple[int, ...], seed: int) -> jax.Array:
 
 
 def warmed_up(variables: Any, batches: Iterable[jax.Array], dtype: str, **model: Any) -> Any:
-    """Return the variables with running statistics as after many steps, and the same weights.
+    """Return the variables with the running statistics of many steps, and unchanged weights.
 
     The momentum is small here, so that a few batches are enough for it.
     """
@@ -78,7 +78,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     records = []
     for dtype in settings.track(dtypes, "training step"):
         nets = {name: ResNet(norm, dtype=dtype, **model) for name, norm in NORMS.items()}
-        # Both have the same variables by the same names.
+        # Both models have the same variables under the same names.
         init = jax.jit(nets["ours"].init, static_argnums=2)
         variables = init(jax.random.key(1), images, True)
         variables = warmed_up(variables, earlier, dtype, **model)

@@ -35,7 +35,7 @@ def floating_input(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
     if is_array and (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_):
         x = jnp.asarray(x, jnp.float32)
     x = _checks.floating_array("x", x)
-    is_wider = dtype is not None and jnp.result_type(x, dtype) == jnp.float64
+    is_wider = dtype is not None and jax.dtypes.canonicalize_dtype(dtype) == jnp.float64
     return x.astype(jnp.float64) if is_wider else x
 
 

@@ -243,9 +243,11 @@ def promoted(
 
 def _unless_narrower(new: Any, old: Any) -> Any:
     """Return `new`, or `old` if `new` has less precision, as only the result is to be rounded."""
-    if old is None or jnp.promote_types(new.dtype, old.dtype) == new.dtype:
+    if old is None:
         return new
-    return old
+    # Nothing is promoted here, so that JAX's strict promotion does not object.
+    with jax.numpy_dtype_promotion("standard"):
+        return new if jnp.promote_types(new.dtype, old.dtype) == new.dtype else old
 
 
 def _sizes(num_features: int | Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:

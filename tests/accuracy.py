@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
+from jaxbn.parity._hard_inputs import C, N
 from tests import forms, oracle
-from tests.hard_inputs import IMAGES, C, N
+from tests.hard_inputs import IMAGES
 
 _RNG = np.random.default_rng(1)
 SCALE, BIAS = (_RNG.uniform(0.5, 2, size=C).astype(np.float32) for _ in range(2))

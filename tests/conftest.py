@@ -1,14 +1,62 @@
+import gc
 import os
+import tempfile
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Read when JAX first looks for devices, so before any test.
 jax.config.update("jax_num_cpu_devices", 8)
+# What is promoted here would raise in the programs of users who forbid it.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 # Read when PyTorch and Keras are first imported. Each of pytest's processes has a core to itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "jax")
+
+
+def pytest_configure(config):
+    """Compile each program once a run: pytest's processes share an initially empty cache."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    directory = tempfile.TemporaryDirectory()
+    config.add_cleanup(directory.cleanup)
+    options = {
+        "jax_compilation_cache_dir": directory.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Free what JAX keeps of a module's programs. Hardly any module runs those of another."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def without_compilation_cache():
+    """Compile every program anew, for tests of what the compiler makes of it."""
+    directory = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", directory)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def standard_promotion():
+    """Promote dtypes and ranks as JAX does by default, for other frameworks' own code."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture

@@ -1,47 +1,15 @@
-"""Inputs on which float32 batch norms lose digits, and how their values may lie in a batch."""
+"""Arrangements of the hard inputs: where in a batch their values lie."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 from jaxbn._shift import FRACTION
+from jaxbn.parity._hard_inputs import INPUTS, C, N
 
-N, C = 4096, 16
 # The same values as a batch of images: examples, rows, columns, features.
 IMAGES = (16, 16, 16, C)
 EXAMPLE = N // IMAGES[0]
-NORMAL = np.random.default_rng(0).normal(size=(N, C))
-ROW = np.arange(N)[:, None]
-
-INPUTS = {
-    "N(0, 1)": NORMAL,
-    "N(2, 1)": NORMAL + 2,
-    "N(0.95, 1)": NORMAL + 0.95,
-    "N(1.5, 1)": NORMAL + 1.5,
-    "N(1e3, 1)": NORMAL + 1e3,
-    "N(1e4, 1)": NORMAL + 1e4,
-    "N(-1e5, 1)": NORMAL - 1e5,
-    "N(1e6, 1)": NORMAL + 1e6,
-    "a mean per feature": NORMAL + 10.0 ** np.arange(-8, 8),
-    "a deviation per feature": 100 + NORMAL * 10.0 ** np.arange(-8, 8),
-    "spike": np.where(ROW == 7, 1e6, NORMAL),
-    "first value a spike far from zero": np.where(ROW == 0, 1e8, NORMAL + 1e4),
-    "two clusters": np.sign(NORMAL) * 1e4 + NORMAL,
-    "two clusters far from zero": np.sign(NORMAL) * 1e3 + NORMAL + 1e6,
-    "halves": np.where(ROW < N // 2, -1e5, 1e5) + NORMAL,
-    "a sixteenth apart": np.where(ROW % 16 == 9, 1e4, 0) + NORMAL,
-    "ramp": ROW + np.zeros(C),
-    "ramp far from zero": ROW + 1e6 + np.zeros(C),
-    "one value apart from a constant": np.where(ROW == 7, 2.0, 1.0) + np.zeros(C),
-    "one value apart from a constant far from zero": 1e7 + (ROW == 7) + np.zeros(C),
-    "0 and 1": (NORMAL > 1).astype(float),
-    "tiny": NORMAL * 1e-20,
-    "tiny, far from zero": (NORMAL + 1e4) * 1e-20,
-    # No value deviates by more than the 1e16 that `batch_norm` allows.
-    "huge": NORMAL * 2e15,
-    "huge, far from zero": (NORMAL + 1e4) * 1e15,
-}
-CONSTANTS = [0.0, 3.3, -1e-3, 1e-25, 123456.7, 1e34]
 
 # What `jaxbn._moments` samples of rows, and of the same values as images.
 SAMPLED = {

@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.test_devices import function, linen
-from tests.test_devices import step as one_step
+from tests.devices import function, linen
+from tests.devices import step as one_step
 
 DEVICES_EACH = 2
 

@@ -28,6 +28,8 @@ from benchmarks.contenders import Problem
 from benchmarks.settings import Settings
 from tests import oracle
 
+pytestmark = pytest.mark.usefixtures("without_compilation_cache")
+
 MAKERS, MISSING = contenders.available()
 
 
@@ -115,6 +117,7 @@ def test_kept_bytes_are_those_of_the_input_and_a_few_features():
     assert 2 * math.prod(problem.shape) <= kept <= 2 * math.prod(problem.shape) + 10 * per_feature
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_speed_of_one_shape(monkeypatch, tmp_path):
     """Every contender is timed in every pass and reported. How long they took is not asserted."""
     monkeypatch.setattr(
@@ -217,6 +220,7 @@ def test_the_model_of_collectives():
         assert found == pytest.approx((forward + backward) * 15 / 16)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_the_command(tmp_path, capsys):
     command.main(["--quick", "--only", "accuracy", "--only", "memory", "--out", str(tmp_path)])
     results = json.loads(

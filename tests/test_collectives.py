@@ -12,6 +12,8 @@ from benchmarks import collectives as benchmark
 from benchmarks import scaling
 from tests import forms
 
+pytestmark = pytest.mark.usefixtures("without_compilation_cache")
+
 SHAPE = (16, 5, 6)
 
 

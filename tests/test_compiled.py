@@ -18,6 +18,8 @@ from benchmarks import compiled, hlo, plots, programs, report, resnet, scaling, 
 from benchmarks.programs import Case
 from benchmarks.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("without_compilation_cache")
+
 # Bytes over those of Flax's default layer, of one layer and of a network. Counts do not vary from
 # run to run; these are what the project promises.
 LAYER_BOUND = {"gpu": 0.97, "tpu": 1.03}
@@ -107,6 +109,8 @@ def test_backward_on_a_cpu_keeps_no_array_but_the_cotangent(layout):
     assert temporaries < 1.1
 
 
+# Flax's layer promotes dtypes.
+@pytest.mark.usefixtures("standard_promotion")
 def test_a_whole_array_between_two_passes_would_be_noticed():
     """Flax's layer widens a bfloat16 input to float32 and writes that out."""
     counts, passes, temporaries = cpu_program("Flax", Case("bfloat16", "NHWC", False, False))

@@ -13,6 +13,9 @@ from benchmarks.resnet import NORMS, ResNet
 from benchmarks.resnet import training_step as step
 from tests import oracle
 
+# Contenders promote dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 MAKERS, MISSING = contenders.available()
 PROBLEMS = [
     Problem((8, 3, 5, 4), -1, "float32"),

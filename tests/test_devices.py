@@ -6,196 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-import jaxbn.linen
 from tests import forms, oracle
-
-DEVICES = 8
-FEATURES = 6
-
-# Sums of some hundred numbers of order one, in another order: 1e-9 leaves float64 six digits.
-TOLERANCE = 1e-9
-
-
-def function(x, params, state, **options):
-    """The function itself, and the Linen module, as the same function of the same arguments."""
-    return jaxbn.batch_norm(params, state, x, True, **options)
-
-
-def linen(x, params, state, mask=None, **options):
-    layer = jaxbn.linen.BatchNorm(use_running_average=False, **{**jaxbn.PYTORCH, **options})
-    variables = {"params": params, "batch_stats": state}
-    y, updates = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
-    return y, updates["batch_stats"]
-
-
-def step(x, mask, dy, params, state, layer=function, **options):
-    """y, dx, the gradients of the parameters, and the new state."""
-
-    def forward(x, params):
-        return layer(x, params, state, mask=mask, **options)
-
-    y, vjp, state = jax.vjp(forward, x, params, has_aux=True)
-    return y, *vjp(dy), state
-
-
-def split(batch):
-    return jax.tree.map(lambda v: v.reshape(DEVICES, -1, *v.shape[1:]), batch)
-
-
-def join(batch):
-    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), batch)
-
-
-def by_mapping(map_, batch, params, state, layer):
-    """`vmap` and `pmap`: every device has results of its own, those of the parameters too."""
-    each = partial(step, params=params, state=state, layer=layer, axis_name="data")
-    y, dx, dparams, states = map_(each, axis_name="data")(*split(batch))
-    # A device's own part: what its outputs ask for, under a mask too, where they are the bias.
-    own = split(batch)[2].sum((1, 2))
-    np.testing.assert_allclose(dparams["bias"], own, rtol=1e-5, atol=1e-5)
-    return *join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams), states
-
-
-def by_shard_map(batch, params, state, layer, axes=("data",), sizes=(DEVICES,), check=True):
-    """`shard_map`; where it checks replication, it sums the parameters' gradients by itself."""
-    name = axes if len(axes) > 1 else axes[0]
-
-    def each(batch):
-        y, dx, dparams, new = step(*batch, params, state, layer, axis_name=name)
-        if not check:
-            dparams = jax.lax.psum(dparams, name)
-        return y, dx, dparams, new, jax.tree.map(lambda v: v[None], new)
-
-    mesh = jax.make_mesh(sizes, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
-    mapped = jax.shard_map(
-        each,
-        mesh=mesh,
-        in_specs=P(axes),
-        out_specs=(P(axes), P(axes), P(), P(), P(axes)),
-        check_vma=check,
-    )
-    y, dx, dparams, _, states = jax.jit(mapped)(batch)
-    return y, dx, dparams, states
-
-
-def by_vmap_of_vmap(batch, params, state, layer):
-    """Two names, given as a list."""
-    each = partial(step, params=params, state=state, layer=layer, axis_name=["outer", "inner"])
-    mapped = jax.vmap(jax.vmap(each, axis_name="inner"), axis_name="outer")
-    fold = partial(jax.tree.map, lambda v: v.reshape(2, DEVICES // 2, -1, *v.shape[1:]))
-    results = mapped(*fold(batch))
-    y, dx, dparams, states = jax.tree.map(lambda v: v.reshape(DEVICES, *v.shape[2:]), results)
-    return *join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams), states
-
-
-def by_vmap_in_shard_map(batch, params, state, layer):
-    """Four devices, of which each maps over two parts of its own."""
-    mesh = jax.make_mesh((DEVICES // 2,), ("outer",), axis_types=(jax.sharding.AxisType.Auto,))
-    each = partial(step, params=params, state=state, layer=layer, axis_name=("outer", "inner"))
-    mapped = jax.shard_map(
-        lambda parts: jax.vmap(each, axis_name="inner")(*parts),
-        mesh=mesh,
-        in_specs=P("outer"),
-        out_specs=P("outer"),
-        check_vma=False,
-    )
-    y, dx, dparams, states = jax.jit(mapped)(split(batch))
-    return *join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams), states
-
-
-def by_jit(batch, params, state, layer, features=False, axis_type=jax.sharding.AxisType.Auto):
-    """`jit` over sharded arrays: no axis name, and nothing to sum by hand."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-    feature = "model" if features else None
-    sharded = NamedSharding(mesh, P("data" if features else ("data", "model"), None, feature))
-    whole = NamedSharding(mesh, P(feature))
-    x, mask, dy = (v if v is None else jax.device_put(v, sharded) for v in batch)
-    params, state = jax.tree.map(lambda v: jax.device_put(v, whole), (params, state))
-    assert len(x.sharding.device_set) == DEVICES
-    with jax.set_mesh(mesh):
-        y, dx, dparams, new = jax.jit(partial(step, layer=layer))(x, mask, dy, params, state)
-    return y, dx, dparams, jax.tree.map(copies, new)
-
-
-def copies(array):
-    """Every device's own copy of an array, whole: put together from equal places of its shards."""
-    shards = {}
-    for shard in array.addressable_shards:
-        start = shard.index[0].start or 0
-        shards.setdefault(start, []).append(np.asarray(shard.data))
-    rows = zip(*(shards[start] for start in sorted(shards)), strict=True)
-    # Where features are sharded, fewer devices hold a copy of each.
-    whole = [np.concatenate(row) for row in rows]
-    return np.stack(whole * (DEVICES // len(whole)))
-
-
-WAYS = {
-    "vmap": partial(by_mapping, jax.vmap),
-    "pmap": partial(by_mapping, jax.pmap),
-    "shard_map": by_shard_map,
-    "shard_map, unchecked": partial(by_shard_map, check=False),
-    "shard_map over two axes": partial(by_shard_map, axes=("data", "model"), sizes=(4, 2)),
-    "shard_map over two axes, unchecked": partial(
-        by_shard_map, axes=("data", "model"), sizes=(4, 2), check=False
-    ),
-    "vmap over two axes": by_vmap_of_vmap,
-    "vmap in shard_map": by_vmap_in_shard_map,
-    "jit, batch sharded": by_jit,
-    "jit, batch and features sharded": partial(by_jit, features=True),
-    "jit, batch sharded, explicit": partial(by_jit, axis_type=jax.sharding.AxisType.Explicit),
-    "jit, batch and features sharded, explicit": partial(
-        by_jit, features=True, axis_type=jax.sharding.AxisType.Explicit
-    ),
-}
-
-
-def no_mask(rng, shape):
-    return None
-
-
-def unequal(rng, shape):
-    """Each device's share of values that count is its own."""
-    share = np.repeat(np.linspace(0.1, 0.9, DEVICES), shape[0] // DEVICES)
-    return rng.random(shape) < share[:, None, None]
-
-
-def a_device_without(rng, shape):
-    """Nothing counts on the third device, and everything elsewhere."""
-    mask = np.ones(shape, bool)
-    mask[2 * shape[0] // DEVICES : 3 * shape[0] // DEVICES] = False
-    return mask
-
-
-def nothing(rng, shape):
-    return np.zeros(shape, bool)
-
-
-# name: (the whole batch's shape, its mask)
-BATCHES = {
-    "equal": ((16, 5, FEATURES), no_mask),
-    "one value per device": ((DEVICES, 1, FEATURES), no_mask),
-    "unequal": ((16, 5, FEATURES), unequal),
-    "a device without values": ((16, 5, FEATURES), a_device_without),
-    "no value at all": ((16, 5, FEATURES), nothing),
-}
-
-
-def problem(name):
-    rng = np.random.default_rng(0)
-    shape, mask = BATCHES[name]
-    x, dy = 3 + 2 * rng.normal(size=shape), rng.normal(size=shape)
-    # Devices' means differ by more than the deviation within one.
-    x += np.repeat(5 * rng.normal(size=(DEVICES, 1, 1)), shape[0] // DEVICES, 0)
-    mask = mask(rng, shape)
-    if mask is not None:
-        x, mask = np.where(mask, x, np.nan), jnp.asarray(mask)
-    names = ("scale", "bias"), ("mean", "var")
-    params, state = ({k: jnp.asarray(rng.normal(size=FEATURES)) for k in key} for key in names)
-    return (jnp.asarray(x), mask, jnp.asarray(dy)), params, state
+from tests.devices import (
+    BATCHES,
+    DEVICES,
+    FEATURES,
+    TOLERANCE,
+    WAYS,
+    a_device_without,
+    compiled_step,
+    function,
+    join,
+    linen,
+    problem,
+    split,
+    step,
+    unequal,
+)
 
 
 @pytest.mark.usefixtures("x64")
@@ -204,7 +34,7 @@ def problem(name):
 @pytest.mark.parametrize("way", WAYS)
 def test_n_devices_equal_one(way, batch, layer):
     batch, params, state = problem(batch)
-    *wanted, wanted_state = step(*batch, params, state)
+    *wanted, wanted_state = compiled_step(*batch, params, state)
     *got, states = WAYS[way](batch, params, state, layer)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((wanted, wanted_state)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE), got, wanted)
@@ -233,7 +63,7 @@ def test_n_devices_equal_one_in_half_precision(way, batch, form):
     batch = x.astype(jnp.bfloat16), mask, dy.astype(jnp.bfloat16)
     params, state = (jax.tree.map(lambda v: v.astype(jnp.float32), v) for v in (params, state))
     with forms.of(form):
-        *wanted, wanted_state = step(*batch, params, state)
+        *wanted, wanted_state = compiled_step(*batch, params, state)
         *got, states = WAYS[way](batch, params, state, function)
 
     def assert_close(a, b, rounding):
@@ -266,7 +96,7 @@ def test_gradients_from_outside_of_shard_map(check):
         check_vma=check,
     )
     y, vjp = jax.vjp(jax.jit(lambda x, params: mapped(x, mask, params)), x, params)
-    wanted = step(*batch, params, state)[:3]
+    wanted = compiled_step(*batch, params, state)[:3]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE), (y, *vjp(dy)), wanted
     )
@@ -295,7 +125,7 @@ def test_groups_of_devices(way, groups, batch):
     for group in groups:
         members = np.array(group)
         part = join(jax.tree.map(lambda v, m=members: v[m], split_batch))
-        *wanted, wanted_state = step(*part, params, state)
+        *wanted, wanted_state = compiled_step(*part, params, state)
         y, dx, dparams, states = jax.tree.map(lambda v, m=members: v[m], got)
         ours = [*join((y, dx)), jax.tree.map(lambda v: v.sum(0), dparams)]
         jax.tree.map(
@@ -325,6 +155,11 @@ HARD = {
 }
 
 
+def tracking(*arguments, **options):
+    """Call the function so that the running statistics become those of the batch."""
+    return function(*arguments, **options, momentum=0.0)
+
+
 @pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map", "jit, batch sharded"])
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
@@ -339,7 +174,7 @@ def test_accuracy_in_float32(way, name, masked):
     batch = jax.tree.map(jnp.asarray, (x, mask, dy))
     params = {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
     state = {"mean": jnp.zeros(4), "var": jnp.zeros(4)}
-    y, dx, dparams, states = WAYS[way](batch, params, state, partial(function, momentum=0.0))
+    y, dx, dparams, states = WAYS[way](batch, params, state, tracking)
     for value, exact in [(y, truth.y), (dx, truth.dx), (dparams["scale"], truth.dscale)]:
         assert oracle.error(value, exact) <= 1e-6
     # The mean to two roundings of its size, or of the deviation where that is more.

@@ -11,14 +11,9 @@ import pytest
 
 import jaxbn
 import jaxbn.linen
+from tests.drop_in import KEY, TOLERANCE, X, assert_close
 
 ours, theirs = jaxbn.linen.BatchNorm, nn.BatchNorm
-KEY = jax.random.key(0)
-# Values of order one and sums of a few dozen of them: each layer is within some roundings of the
-# exact result, and E[x²] - E[x]² loses another digit or two.
-TOLERANCE = 1e-5
-
-X = np.random.default_rng(0).normal(1, 2, (8, 6)).astype(np.float32)
 
 
 def trained(layer, x, **call):
@@ -32,22 +27,13 @@ def trained(layer, x, **call):
     return [*results, layer.apply(variables, x, True, **call)]
 
 
-def assert_close(got, wanted, tolerance=TOLERANCE):
-    def close(a, b):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        a, b = (np.asarray(v, np.float64) for v in (a, b))
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    jax.tree.map(close, got, wanted)
-
-
 def test_a_comparison_can_fail():
     with pytest.raises(AssertionError):
         assert_close(trained(ours(momentum=0.9), X), trained(theirs(), X))
 
 
 class TestArguments:
+    @pytest.mark.usefixtures("standard_promotion")
     def test_positional(self):
         """Flax's fourteen, in its order."""
         arguments = (
@@ -80,6 +66,7 @@ class TestArguments:
         assert_close(trained(ours(axis=axis), x), trained(theirs(axis=axis), x))
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("of_input", ["bool", "uint8", "int32", "float16"])
@@ -91,7 +78,7 @@ def test_dtypes(of_input, dtype, param_dtype):
     assert_close(got, wanted, max(TOLERANCE, 3 * float(jnp.finfo(got[0].dtype).eps)))
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "standard_promotion")
 def test_a_wide_dtype_widens_the_computation():
     x = np.float32(1e4) + X
     got, wanted = (trained(layer(dtype="float64"), x) for layer in (ours, theirs))

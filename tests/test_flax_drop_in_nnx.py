@@ -9,29 +9,10 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from tests.drop_in import TOLERANCE, Block, arrays, assert_close
+from tests.drop_in import X_OF_4 as X
 
 ours, theirs = jaxbn.nnx.BatchNorm, nnx.BatchNorm
-# Values of order one and sums of a few dozen of them: each layer is within some roundings of the
-# exact result, and E[x²] - E[x²] loses another digit or two.
-TOLERANCE = 1e-5
-
-X = np.random.default_rng(0).normal(1, 2, (8, 4)).astype(np.float32)
-
-
-def arrays(module, *filters):
-    """Keys and arrays of a module; those of random keys are left out."""
-    kinds = filters or ((nnx.Param, nnx.BatchStat),)
-    return nnx.to_pure_dict(nnx.state(module, *kinds))
-
-
-def assert_close(got, wanted, tolerance=TOLERANCE):
-    def close(a, b):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        a, b = (np.asarray(v, np.float64) for v in (a, b))
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    jax.tree.map(close, got, wanted)
 
 
 def trained(norm, x, *, mask=None, **options):
@@ -88,6 +69,7 @@ def unchanged(values, **_):
 
 
 class TestDtypes:
+    @pytest.mark.usefixtures("standard_promotion")
     @pytest.mark.parametrize("promote", [None, unchanged], ids=["default", "unchanged"])
     @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -181,16 +163,6 @@ class TestMasks:
         """As in Flax's Linen layer; its NNX layer refuses them."""
         got, wanted = (trained(ours, X, mask=m) for m in (self.mask.astype(kind), self.mask))
         jax.tree.map(np.testing.assert_array_equal, got, wanted)
-
-
-class Block(nnx.Module):
-    def __init__(self, norm, rngs, **options):
-        self.linear = nnx.Linear(4, 4, rngs=rngs)
-        self.bn = norm(4, **options, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
-
-    def __call__(self, x):
-        return nnx.tanh(self.dropout(self.bn(self.linear(x))))
 
 
 class TestModes:

@@ -12,7 +12,11 @@ from flax import nnx
 from flax.nnx import bridge
 
 import jaxbn.linen
-from tests.test_flax_drop_in_nnx import Block, X, arrays, assert_close, ours, theirs
+import jaxbn.nnx
+from tests.drop_in import X_OF_4 as X
+from tests.drop_in import Block, arrays, assert_close
+
+ours, theirs = jaxbn.nnx.BatchNorm, nnx.BatchNorm
 
 
 def loss(model, x):

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.test_flax_drop_in import KEY, X, assert_close, ours, theirs
+import jaxbn.linen
+from tests.drop_in import KEY, X, assert_close
+
+ours, theirs = jaxbn.linen.BatchNorm, nn.BatchNorm
 
 
 class Twice(nn.Module):

@@ -7,6 +7,8 @@ import pytest
 from benchmarks import hlo
 from benchmarks.hlo import Collective, Counts
 
+pytestmark = pytest.mark.usefixtures("without_compilation_cache")
+
 # `whole` is read in full (4,096 bytes) and `part` in two slices (64 and 128 bytes, the second
 # behind a bitcast); the result has 64 bytes. The copy after it reads and writes these 64.
 FUSION = """\

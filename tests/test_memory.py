@@ -10,6 +10,8 @@ import jaxbn
 from benchmarks import memory
 from tests import forms
 
+pytestmark = pytest.mark.usefixtures("without_compilation_cache")
+
 SHAPE = (64, 8, 16)
 
 
@@ -88,6 +90,8 @@ def test_the_moments_are_found_once_where_they_are_kept(form):
     assert times(policies.save_only_these_names("product")) == 2
 
 
+# Flax's convolutions and layers promote dtypes.
+@pytest.mark.usefixtures("standard_promotion")
 def test_a_network_in_bfloat16_keeps_no_wider_copies_on_a_cpu():
     """XLA for CPUs convolves in float32, and would keep that where the rounded result is enough.
 

@@ -3,7 +3,6 @@
 import inspect
 from functools import partial
 
-import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,80 +10,14 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 import jaxbn
 import jaxbn.nnx
-from tests import oracle
-from tests.test_devices import TOLERANCE as DEVICES_TOLERANCE
-from tests.test_devices import WAYS, problem, step
+from tests import close, oracle
+from tests.close import assert_equal
+from tests.nnx_layers import X, arrays, batches, ours, params, randomize, stats, train_step
 
-STEPS = 3
-
-
-def ours(num_features, **options):
-    return jaxbn.nnx.BatchNorm(num_features, **options, rngs=nnx.Rngs(0))
-
-
-def arrays(state):
-    return {name: leaf[...] for name, leaf in state.items()}
-
-
-def params(layer):
-    return arrays(nnx.state(layer, nnx.Param))
-
-
-def stats(layer):
-    return arrays(nnx.state(layer, nnx.BatchStat))
-
-
-def randomize(layer, seed=1):
-    """Parameters and statistics that no default would match by chance."""
-    rng = np.random.default_rng(seed)
-    state = nnx.state(layer)
-    for leaf in state.values():
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf[...] = jnp.asarray(rng.uniform(0.5, 2, leaf.shape), leaf.dtype)
-    nnx.update(layer, state)
-    return layer
-
-
-def train_step(layer, x, dy, **call):
-    """The output, the gradients of parameters and input; the layer's statistics are moved."""
-    graphdef, trained, rest = nnx.split(layer, nnx.Param, ...)
-
-    def forward(trained, x):
-        merged = nnx.merge(graphdef, trained, rest, copy=True)
-        y = merged(x, **call)
-        return y, nnx.state(merged, nnx.BatchStat)
-
-    y, vjp, new = jax.vjp(forward, trained, x, has_aux=True)
-    nnx.update(layer, new)
-    dparams, dx = vjp(dy.astype(y.dtype))
-    return y, arrays(dparams), dx
-
-
-def batches(shape, dtype):
-    rng = np.random.default_rng(0)
-    for _ in range(STEPS):
-        yield (
-            jnp.asarray(v, dtype) for v in (1 + 2 * rng.normal(size=shape), rng.normal(size=shape))
-        )
-
-
-def assert_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    assert [v.dtype for v in jax.tree.leaves(a)] == [v.dtype for v in jax.tree.leaves(b)]
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def assert_close(a, b, tolerance):
-    def close(a, b):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max()))
-
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(close, a, b)
+assert_close = partial(close.assert_close, of_largest=True)
 
 
 class TestAgainstTheFunction:
@@ -137,7 +70,8 @@ class TestAgainstTheFunction:
         assert layer.count[...] == 2
         np.testing.assert_allclose(layer.mean[...], [2.25, 3.75, 5.25])
 
-    def test_statistics_of_float64_are_kept_in_it(self, x64):
+    @pytest.mark.usefixtures("x64", "standard_promotion")
+    def test_statistics_of_float64_are_kept_in_it(self):
         float64 = {jnp.dtype("float64")}
         layer = ours(3)
         layer(jnp.ones((4, 3), jnp.float64))
@@ -147,6 +81,7 @@ class TestAgainstTheFunction:
 
 
 class TestAgainstFlax:
+    @pytest.mark.usefixtures("x64", "standard_promotion")
     @pytest.mark.parametrize(
         "options",
         [
@@ -160,7 +95,7 @@ class TestAgainstFlax:
         ids=str,
     )
     @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-11), ("float32", 2e-6)])
-    def test_steps(self, x64, options, dtype, tolerance):
+    def test_steps(self, options, dtype, tolerance):
         theirs = nnx.BatchNorm(6, **options, param_dtype=dtype, rngs=nnx.Rngs(0))
         # Flax begins with float32, and would round once more in the first step.
         nnx.update(theirs, jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.state(theirs)))
@@ -241,8 +176,6 @@ class TestCheckpointsOfFlax:
 
 
 class TestMode:
-    x = jax.random.normal(jax.random.key(0), (8, 3))
-
     @pytest.mark.parametrize(
         ("constructed", "method", "call", "running"),
         [
@@ -263,9 +196,9 @@ class TestMode:
         layer = randomize(ours(3, use_running_average=constructed))
         if method:
             getattr(layer, method)()
-        arguments = (params(layer), stats(layer), self.x, not running)
+        arguments = (params(layer), stats(layer), X, not running)
         wanted, state = jaxbn.batch_norm(*arguments, **jaxbn.FLAX)
-        assert_equal(layer(self.x, call), wanted)
+        assert_equal(layer(X, call), wanted)
         assert_equal(stats(layer), state)
 
     def test_view_and_clone(self):
@@ -275,9 +208,9 @@ class TestMode:
         assert nnx.view(view).use_running_average
         assert "use_running_average: bool | None = None" in nnx.view_info(layer)
         before = stats(layer)
-        layer(self.x)
+        layer(X)
         # A view shares the layer's variables, a clone has its own.
-        assert_equal(view(self.x), layer(self.x, True))
+        assert_equal(view(X), layer(X, True))
         assert_equal(stats(clone), before)
 
     def test_frozen_while_the_rest_trains(self):
@@ -291,8 +224,9 @@ class TestMode:
         got = grad(net)
 
         def loss(scale, bias, kernel):
-            z = x @ kernel + net.inner.bias[...]
-            z = (z - before["mean"]) / jnp.sqrt(before["var"] + 1e-5) * scale + bias
+            z = x @ kernel + net.inner.bias[None]
+            mean, var = before["mean"][None], before["var"][None]
+            z = (z - mean) / jnp.sqrt(var + 1e-5) * scale[None] + bias[None]
             return jnp.sum(net.outer(nnx.relu(z)) ** 2)
 
         wanted = jax.grad(loss, (0, 1, 2))(norm["scale"], norm["bias"], net.inner.kernel[...])
@@ -305,6 +239,7 @@ class TestMode:
         assert not np.allclose(net.norm.mean[...], before["mean"])
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
 @pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("input_dtype", ["bfloat16", "float16", "float32"])
@@ -321,168 +256,16 @@ def test_dtypes(dtype, param_dtype, input_dtype):
     assert oracle.error(layer.mean[...], truth.mean) <= 5e-7
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("way", WAYS)
-def test_n_devices_equal_one(way):
-    def layer(x, params, state, mask=None, **options):
-        layer = ours(x.shape[-1], **{**jaxbn.PYTORCH, **options})
-        variables = {k: nnx.Param(v) for k, v in params.items()}
-        nnx.update(layer, nnx.State(variables | {k: nnx.BatchStat(v) for k, v in state.items()}))
-        return layer(x, mask=mask), stats(layer)
-
-    batch, initial, state = problem("unequal")
-    *wanted, wanted_state = step(*batch, initial, state)
-    *got, states = WAYS[way](batch, initial, state, layer)
-    assert_all = partial(np.testing.assert_allclose, rtol=0, atol=DEVICES_TOLERANCE)
-    jax.tree.map(assert_all, got, wanted)
-    for key, each in states.items():
-        each = np.asarray(each).reshape(8, -1)
-        assert_all(each, np.broadcast_to(wanted_state[key], each.shape))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("input_dtype", ["bfloat16", "float16", "float32"])
+def test_a_given_dtype_needs_no_promotion(dtype, input_dtype):
+    """Tests run under strict promotion of dtypes, which Flax's layer does not survive here."""
+    layer = ours(4, dtype=dtype)
+    assert layer(jnp.ones((8, 4), input_dtype)).dtype == dtype
 
 
-def stack(n):
-    """As many layers as one, with scales of their own."""
-
-    @nnx.split_rngs(splits=n)
-    @nnx.vmap
-    def make(rngs):
-        return jaxbn.nnx.BatchNorm(3, scale_init=nnx.initializers.normal(1.0), rngs=rngs)
-
-    return make(nnx.Rngs(0))
-
-
-def apart(layers, n):
-    graphdef, state = nnx.split(layers)
-    return [nnx.merge(graphdef, jax.tree.map(lambda leaf, k=k: leaf[k], state)) for k in range(n)]
-
-
-class TestTransforms:
-    """Each against the same layer called by hand."""
-
-    x = jax.random.normal(jax.random.key(0), (8, 3))
-
-    def wanted(self, layer, x):
-        """Output and statistics of a step, from the function."""
-        options = {k: getattr(layer, k) for k in jaxbn.FLAX}
-        return jaxbn.batch_norm(params(layer), stats(layer), x, True, **options)
-
-    @pytest.mark.parametrize("lift", [nnx.jit, nnx.remat], ids=["jit", "remat"])
-    def test_jit_and_remat(self, lift):
-        layer = randomize(ours(3))
-        call = lift(lambda layer, x: layer(x))
-        for k in range(STEPS):
-            wanted = self.wanted(layer, self.x + k)
-            assert_close((call(layer, self.x + k), stats(layer)), wanted, 1e-6)
-        layer.eval()
-        state = stats(layer)
-        wanted, _ = jaxbn.batch_norm(params(layer), state, self.x, False)
-        assert_close(call(layer, self.x), wanted, 1e-6)
-        assert_equal(stats(layer), state)
-
-    def test_jit_with_a_static_definition_of_lists(self):
-        x = jnp.ones((2, 3, 4))
-        layer = ours([3, 4], axis=[1, 2], axis_name=["data"], axis_index_groups=[[0, 1]])
-        graphdef, state = nnx.split(layer)
-
-        @partial(jax.jit, static_argnums=0)
-        def call(graphdef, state):
-            return nnx.merge(graphdef, state)(x, use_running_average=True)
-
-        np.testing.assert_array_equal(call(graphdef, state), layer(x, use_running_average=True))
-
-    def test_jit_of_jax_takes_and_returns_the_layer(self):
-        layer = randomize(ours(3))
-        y, new = jax.jit(lambda layer: (layer(self.x), layer))(layer)
-        assert_close((y, stats(new)), self.wanted(layer, self.x), 1e-6)
-
-    def test_value_and_grad(self):
-        layer = randomize(ours(3))
-        initial, state = params(layer), stats(layer)
-        loss, grads = nnx.value_and_grad(lambda layer: jnp.sum(layer(self.x) ** 3))(layer)
-
-        def by_hand(params):
-            y, new = jaxbn.batch_norm(params, state, self.x, True, **jaxbn.FLAX)
-            return jnp.sum(y**3), new
-
-        (wanted, new), dparams = jax.value_and_grad(by_hand, has_aux=True)(initial)
-        assert_close((loss, arrays(grads), stats(layer)), (wanted, dparams, new), 1e-6)
-
-    def test_statistics_do_not_leave_a_trace_unseen(self):
-        layer = ours(3)
-        with pytest.raises(flax.errors.TraceContextError):
-            jax.grad(lambda x: layer(x).sum())(self.x)
-        jax.grad(lambda x: layer(x, use_running_average=True).sum())(self.x)
-
-    def test_variables_that_are_references(self):
-        """Every trace may write to these, that of a gradient too."""
-        with nnx.var_defaults(ref=True):
-            layer = randomize(ours(3))
-        wanted = self.wanted(layer, self.x)
-        dx = jax.jit(jax.grad(lambda x: jnp.sum(layer(x) ** 3)))(self.x)
-        assert_close(stats(layer), wanted[1], 1e-6)
-        assert_close(dx, jax.grad(lambda x: jnp.sum(self.wanted(layer, x)[0] ** 3))(self.x), 1e-5)
-
-    def test_vmap_of_an_ensemble(self):
-        layers = stack(2)
-        xs = jnp.stack([self.x, 2 * self.x + 1])
-        each = apart(layers, 2)
-        assert not np.allclose(each[0].scale[...], each[1].scale[...])
-        y = nnx.vmap(lambda layer, x: layer(x))(layers, xs)
-        for k, one in enumerate(each):
-            got = y[k], {name: leaf[k] for name, leaf in stats(layers).items()}
-            assert_close(got, self.wanted(one, xs[k]), 1e-6)
-
-    @pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map"])
-    def test_axis_name(self, way):
-        """One layer for all devices, in and out."""
-        layer = randomize(ours(3, axis_name="data"))
-        x = 3 + jax.random.normal(jax.random.key(1), (8, 4, 3))
-        wanted = self.wanted(layer, x.reshape(32, 3))
-        if way == "shard_map":
-            mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-            specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
-            call = nnx.shard_map(lambda layer, x: layer(x), mesh=mesh, **specs)
-        else:
-            map_ = getattr(nnx, way)
-            call = map_(lambda layer, x: layer(x), in_axes=(None, 0), axis_name="data")
-        y = call(layer, x)
-        assert_close((y.reshape(32, 3), stats(layer)), wanted, 1e-6)
-
-    def test_scan_over_layers(self):
-        layers = stack(3)
-        each = apart(layers, 3)
-
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def forward(layer, x):
-            return nnx.relu(layer(x))
-
-        y, x = forward(layers, self.x), self.x
-        for k, one in enumerate(each):
-            x, new = self.wanted(one, x)
-            x = nnx.relu(x)
-            assert_close({name: leaf[k] for name, leaf in stats(layers).items()}, new, 1e-5)
-        assert_close(y, x, 1e-5)
-
-    def test_scan_over_batches(self):
-        layer = randomize(ours(3, momentum=None))
-        xs = jax.random.normal(jax.random.key(1), (4, 8, 3))
-
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
-        def steps(layer, x):
-            return layer, layer(x)
-
-        one = nnx.clone(layer)
-        _, ys = steps(layer, xs)
-        assert_close(ys, jnp.stack([one(x) for x in xs]), 1e-6)
-        assert_close(stats(layer), stats(one), 1e-6)
-
-    def test_eval_shape(self):
-        abstract = nnx.eval_shape(lambda: ours(3, axis_name="data"))
-        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
-        y = nnx.eval_shape(lambda layer, x: layer(x, use_running_average=True), abstract, self.x)
-        assert (y.shape, y.dtype) == ((8, 3), jnp.float32)
-
-
+# Optax promotes the count of its steps.
+@pytest.mark.usefixtures("standard_promotion")
 def test_a_model_trains():
     # After 150 steps, statistics with Flax's momentum still hold a fifth of their initial values.
     net = Net(partial(jaxbn.nnx.BatchNorm, momentum=0.9), nnx.Rngs(0))
@@ -503,80 +286,3 @@ def test_a_model_trains():
     assert losses[-1] < losses[0] / 10
     net.eval()
     assert loss(net) < losses[0] / 5
-
-
-CONSTRUCTION = {
-    "negative": (-1, {}, ValueError, "num_features must be the size of the feature axis, or a "
-                 "sequence with the size of each, got -1 for axis=-1."),
-    "float": (3.0, {}, ValueError, "num_features must be the size of the feature axis, or a "
-              "sequence with the size of each, got 3.0 for axis=-1."),
-    "sizes": (3, {"axis": (1, 2)}, ValueError, "num_features must be the size of the feature axis, "
-              "or a sequence with the size of each, got 3 for axis=(1, 2)."),
-    "axis": (3, {"axis": None}, ValueError,
-             "axis must be an integer or a sequence of them, got None."),
-    "boolean axis": (3, {"axis": True}, ValueError,
-                     "axis must be an integer or a sequence of them, got True."),
-    "repeated axis name": (3, {"axis_name": ("a", "b", "a")}, ValueError,
-                           "axis_name must name each mapped axis once, got ('a', 'b', 'a')."),
-    "momentum": (3, {"momentum": -1}, ValueError, "momentum must be None or lie in [0, 1], got -1. "
-                 "It is the weight of the old value: PyTorch's momentum is one minus it."),
-    "epsilon": (3, {"epsilon": -1}, ValueError,
-                "epsilon must be a finite number, not negative, got -1."),
-    "dtype": (3, {"dtype": jnp.int32}, TypeError, "dtype must be a floating dtype, got int32."),
-    "param_dtype": (3, {"param_dtype": jnp.int32}, TypeError,
-                    "param_dtype must be a floating dtype, got int32."),
-    "batch_variance": (3, {"batch_variance": "fast"}, ValueError,
-                       "batch_variance must be 'biased' or 'unbiased', got 'fast'."),
-    "running_variance": (3, {"running_variance": None}, ValueError,
-                         "running_variance must be 'biased' or 'unbiased', got None."),
-    "groups": (3, {"axis_index_groups": [[0, 1]]}, ValueError, "axis_index_groups=[[0, 1]] are "
-               "groups of an axis: axis_name must name it, got None."),
-    "mode": (3, {"use_running_average": 1}, ValueError,
-             "use_running_average must be a Python bool, got 1 of type int."),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CONSTRUCTION)
-def test_errors_of_construction(case):
-    num_features, options, kind, text = CONSTRUCTION[case]
-    with pytest.raises(kind) as raised:
-        ours(num_features, **options)
-    assert str(raised.value) == text
-
-
-CALL = {
-    "features": ({}, (8, 4), ValueError, "x of shape (8, 4) has (4,) features on axis=-1, where "
-                 "the layer was made for num_features=3."),
-    "axis": ({"axis": 2}, (8, 3), ValueError, "axis=2 is out of range for the shape (8, 3): an "
-             "axis must lie in [-2, 1]."),
-    "one value": (jaxbn.PYTORCH, (1, 3), ValueError, "x of shape (1, 3) has one value per feature "
-                  "(axis 1), which has no unbiased variance; give more values, or "
-                  "batch_variance='biased' and running_variance='biased'."),
-    "axis_name": ({"axis_name": "data"}, (8, 3), ValueError, "axis_name='data' is not bound: call "
-                  "batch_norm inside a vmap, pmap or shard_map that names it, or pass "
-                  "axis_name=None."),
-    "mode": ({"use_running_average": None}, (8, 3), ValueError, "use_running_average must be True "
-             "(evaluation) or False (training), got None: give it to BatchNorm or to the call, or "
-             "set it with train(), eval() or nnx.view."),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CALL)
-def test_errors_of_a_call(case):
-    options, shape, kind, text = CALL[case]
-    layer = ours(3, **options)
-    before = stats(layer)
-    with pytest.raises(kind) as raised:
-        layer(jnp.ones(shape))
-    assert str(raised.value) == text
-    assert_equal(stats(layer), before)
-
-
-def test_errors_of_wrong_kinds_at_call():
-    layer = ours(3)
-    with pytest.raises(TypeError, match=r"^x must be of a real floating dtype, got complex64: "):
-        layer(jnp.ones((8, 3), jnp.complex64))
-    with pytest.raises(TypeError, match=r"^mask must be an array of booleans, got complex64\.$"):
-        layer(jnp.ones((8, 3)), mask=jnp.ones((8, 3), jnp.complex64))
-    with pytest.raises(ValueError, match=r"^use_running_average must be a Python bool, got a trac"):
-        jax.jit(layer)(jnp.ones((8, 3)), True)

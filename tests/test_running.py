@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxbn
+from tests import close
 
 # Averages of five batches of some ten values of order one, in float32: ten roundings.
 TOLERANCE = 1e-6
@@ -41,8 +42,8 @@ def of(values):
 
 
 def assert_close(state, wanted):
-    for name, value in wanted.items():
-        np.testing.assert_allclose(state[name], value, rtol=TOLERANCE, atol=TOLERANCE)
+    got = {name: state[name] for name in wanted}
+    close.assert_close(got, wanted, TOLERANCE, dtypes=False)
 
 
 class TestCumulativeAverage:

@@ -74,7 +74,7 @@ def torch_step(layer, x, dy):
 
 
 def our_step(params, state, x, dy, train, **options):
-    """The same of ours, and the new state. `scale` comes before `bias`, as in PyTorch."""
+    """Return the same of ours, and the new state. `scale` comes before `bias`, as in PyTorch."""
 
     def step(x, params):
         return jaxbn.batch_norm(params, state, x, train, **options)
@@ -82,6 +82,9 @@ def our_step(params, state, x, dy, train, **options):
     y, vjp, state = jax.vjp(step, jnp.asarray(x), params, has_aux=True)
     dx, dparams = vjp(jnp.asarray(dy))
     return [y, dx, *(dparams[k] for k in ("scale", "bias") if k in dparams)], state
+
+
+compiled_step = jax.jit(our_step, static_argnames=("train", "axis", "momentum", "epsilon"))
 
 
 def assert_close(ours, theirs, tolerance=FLOAT64_TOLERANCE):
@@ -98,13 +101,13 @@ def test_training_then_evaluation(x64, case, torch_momentum):
     momentum = None if torch_momentum is None else 1 - torch_momentum
     options = {"axis": 1, "momentum": momentum, "epsilon": 1e-3}
     for x, dy in batches(shape):
-        ours, state = our_step(params, state, x, dy, True, **options)
+        ours, state = compiled_step(params, state, x, dy, True, **options)
         assert_close(ours, torch_step(layer, x, dy))
         assert_close([state["mean"], state["var"]], [layer.running_mean, layer.running_var])
         assert state["count"] == layer.num_batches_tracked.item()
     layer.eval()
     for x, dy in batches(shape):
-        ours, same = our_step(params, state, x, dy, False, **options)
+        ours, same = compiled_step(params, state, x, dy, False, **options)
         assert_close(ours, torch_step(layer, x, dy))
         for key in state:
             np.testing.assert_array_equal(same[key], state[key])
@@ -116,7 +119,7 @@ def test_channels_last(x64, case):
     params, state = from_torch(layer, jnp.float64)
     for x, dy in batches(shape):
         last = [np.moveaxis(v, 1, -1) for v in (x, dy)]
-        (y, dx, *dparams), state = our_step(params, state, *last, True)
+        (y, dx, *dparams), state = compiled_step(params, state, *last, True)
         ours = [np.moveaxis(y, -1, 1), np.moveaxis(dx, -1, 1), *dparams]
         assert_close(ours, torch_step(layer, x, dy))
         assert_close([state["mean"], state["var"]], [layer.running_mean, layer.running_var])
@@ -129,7 +132,7 @@ def test_without_affine_parameters(x64, case, train):
     params, state = from_torch(layer, jnp.float64)
     assert params == {}
     for x, dy in batches(shape):
-        ours, state = our_step(params, state, x, dy, train, axis=1)
+        ours, state = compiled_step(params, state, x, dy, train, axis=1)
         assert_close(ours, torch_step(layer, x, dy))
     assert_close([state["mean"], state["var"]], [layer.running_mean, layer.running_var])
 
@@ -141,7 +144,7 @@ def test_without_running_statistics(x64, case, train):
     params, state = from_torch(layer, jnp.float64)
     assert state is None
     for x, dy in batches(shape):
-        ours, state = our_step(params, state, x, dy, train, axis=1)
+        ours, state = compiled_step(params, state, x, dy, train, axis=1)
         assert state is None
         assert_close(ours, torch_step(layer, x, dy))
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from jaxbn.parity import _oracle
 from jaxbn.parity._frameworks import Parameters, available
+from jaxbn.parity._hard_inputs import C, N, representative
 from jaxbn.parity._identify import ConventionError, identify
 from jaxbn.parity._layer import DifferentiableLayer
 
-N, C = 4096, 16
 KEYWORDS = ("momentum", "epsilon", "batch_variance", "running_variance")
 INPUTS = (
     *("N(0, 1)", "N(1e3, 1)", "N(1e4, 1)", "N(1e6, 1)"),
@@ -24,18 +24,6 @@ INPUTS = (
 # What is compared, and its name among the layer's results.
 RESULTS = {"y": "y", "dx": "x", "dscale": "scale"}
 _PACKAGES = ("jaxbn", "jax", "torch", "flax", "dm-haiku", "equinox", "keras")
-
-
-def hard_inputs(dtype: Any) -> dict[str, np.ndarray]:
-    """Batches that rounding can spoil, (N, C)."""
-    normal = np.random.default_rng(0).normal(size=(N, C))
-    row = np.arange(N)[:, None] + np.zeros(C)
-    values = (
-        *(normal, normal + 1e3, normal + 1e4, normal + 1e6),
-        *(np.full((N, C), 3.3), np.where(row == 7, 1e6, normal)),
-        *(np.sign(normal) * 1e3 + normal + 1e6, row),
-    )
-    return {name: value.astype(dtype) for name, value in zip(INPUTS, values, strict=True)}
 
 
 def survey(names: Sequence[str], dtype: str, device: str) -> dict[str, Any]:
@@ -93,13 +81,17 @@ def _errors(
     dy: np.ndarray,
 ) -> dict[str, dict[str, float | None]]:
     """On each hard input, against what the layer's own convention asks for."""
-    keywords = {name: convention[name] for name in ("epsilon", "batch_variance")}
+    ddof = int(convention["batch_variance"] == "unbiased")
     errors = {}
-    for name, x in hard_inputs(dy.dtype).items():
-        truth = _oracle.batch_norm(x, dy, *parameters, **keywords)
+    for name, x in zip(INPUTS, representative().values(), strict=True):
+        x = x[:N, :C].astype(dy.dtype)
+        truth = _oracle.batch_norm(x, dy, *parameters, epsilon=convention["epsilon"], ddof=ddof)
         y, gradients = layer.step(x, dy)
         values = {"y": y, **gradients}
-        found = {name: _oracle.error(values[key], truth[key]) for name, key in RESULTS.items()}
+        found = {
+            result: _oracle.error(values[key], getattr(truth, result))
+            for result, key in RESULTS.items()
+        }
         # JSON has no word for what is not a number.
         errors[name] = {name: e if math.isfinite(e) else None for name, e in found.items()}
     return errors
