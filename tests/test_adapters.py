@@ -24,7 +24,7 @@ X = np.ones((8, C), np.float32)
 
 
 def linen(module):
-    return parity.from_linen(module, module.init(jax.random.key(0), X))
+    return parity.linen_layer(module, module.init(jax.random.key(0), X))
 
 
 def flax_linen(**options):
@@ -36,13 +36,13 @@ def flax_linen(**options):
 def flax_nnx(make=None, **options):
     from flax import nnx
 
-    return parity.from_nnx((make or nnx.BatchNorm)(C, rngs=nnx.Rngs(0), **options))
+    return parity.nnx_layer((make or nnx.BatchNorm)(C, rngs=nnx.Rngs(0), **options))
 
 
 def torch_layer(kind, **options):
     import torch
 
-    return parity.from_torch(getattr(torch.nn, kind)(C, **options))
+    return parity.torch_layer(getattr(torch.nn, kind)(C, **options))
 
 
 def keras_layer(shape=(None, C), **options):
@@ -50,25 +50,25 @@ def keras_layer(shape=(None, C), **options):
 
     layer = keras.layers.BatchNormalization(**options)
     layer.build(shape)
-    return parity.from_keras(layer)
+    return parity.keras_layer(layer)
 
 
 def haiku_layer(*options, x=X, **keywords):
     import haiku as hk
 
     norm = hk.transform_with_state(lambda x, train: hk.BatchNorm(*options, **keywords)(x, train))
-    return parity.from_haiku(norm, *norm.init(None, jnp.asarray(x), True))
+    return parity.haiku_layer(norm, *norm.init(None, jnp.asarray(x), True))
 
 
 def equinox_layer(**options):
     import equinox as eqx
 
-    return parity.from_equinox(*eqx.nn.make_with_state(eqx.nn.BatchNorm)(C, "batch", **options))
+    return parity.equinox_layer(*eqx.nn.make_with_state(eqx.nn.BatchNorm)(C, "batch", **options))
 
 
 def ours(convention, **options):
     params, state = jaxbn.init((8, C), track_count=convention["momentum"] is None, **options)
-    return parity.from_batch_norm(params, state, **convention)
+    return parity.batch_norm_layer(params, state, **convention)
 
 
 def convention(momentum, epsilon, batch_variance, running_variance):
@@ -209,7 +209,7 @@ def test_the_layer_itself_stays_as_it_is():
     theirs = nnx.BatchNorm(C, rngs=nnx.Rngs(0))
     third = keras.layers.BatchNormalization()
     third.build((None, C))
-    for layer in (parity.from_torch(mine), parity.from_nnx(theirs), parity.from_keras(third)):
+    for layer in (parity.torch_layer(mine), parity.nnx_layer(theirs), parity.keras_layer(third)):
         layer.train(X)
         assert (layer.running()[0] != 0).all()
     assert not mine.running_mean.any() and not mine.training
@@ -233,7 +233,7 @@ def test_axis_names_are_left_out(package, groups):
     assert parity.identify(of_linen, C) == expected
 
     layer = layers[1](C, rngs=nnx.Rngs(0), **options, **biased)
-    assert parity.identify(parity.from_nnx(layer), C) == expected
+    assert parity.identify(parity.nnx_layer(layer), C) == expected
     assert layer.axis_name == "data"
 
 
@@ -243,7 +243,7 @@ def test_a_trained_layer_goes_on_from_where_it_is():
     layer = torch.nn.BatchNorm1d(C, momentum=None)
     for _ in range(7):
         layer(torch.ones(4, C))
-    assert parity.identify(parity.from_torch(layer), C)["momentum"] is None
+    assert parity.identify(parity.torch_layer(layer), C)["momentum"] is None
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
@@ -282,20 +282,20 @@ def test_what_cannot_be_adapted(monkeypatch):
     with error("the layer keeps no running statistics; there is nothing to identify."):
         torch_layer("BatchNorm1d", track_running_stats=False)
     with pytest.raises(TypeError) as raised:
-        parity.from_torch(torch.nn.LayerNorm(C))
+        parity.torch_layer(torch.nn.LayerNorm(C))
     assert str(raised.value) == (
         "the layer must be a torch.nn.BatchNorm1d, 2d or 3d, or have the running_mean and "
         "running_var of one, got torch.nn.modules.normalization.LayerNorm."
     )
     with error("the layer's axis is (1, 2); only a single feature axis can be probed."):
-        parity.from_batch_norm(*jaxbn.init((8, C)), axis=(1, 2))
+        parity.batch_norm_layer(*jaxbn.init((8, C)), axis=(1, 2))
     with error("the layer is not built; call layer.build((None, num_features))."):
-        parity.from_keras(keras.layers.BatchNormalization())
+        parity.keras_layer(keras.layers.BatchNormalization())
     with error("the layer's axis_name is ('a', 'b'); it must be one name."):
-        parity.from_equinox(*eqx.nn.make_with_state(eqx.nn.BatchNorm)(C, ("a", "b"), mode="batch"))
+        parity.equinox_layer(*eqx.nn.make_with_state(eqx.nn.BatchNorm)(C, ("a", "b"), mode="batch"))
     empty = hk.transform_with_state(lambda x, train: x)
     with error("the state holds 0 batch norms, []; only one can be probed."):
-        parity.from_haiku(empty, *empty.init(None, X, True))
+        parity.haiku_layer(empty, *empty.init(None, X, True))
     monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
     with error(
         "Keras runs on its tensorflow backend; set KERAS_BACKEND=jax in the environment before it "
@@ -338,4 +338,4 @@ def test_half_precision_is_too_coarse_to_identify(dtype):
     layer = torch.nn.BatchNorm1d(4).to(getattr(torch, dtype))
     words = f"it computes in .*{dtype}.*, too coarse to tell; "
     with pytest.raises(parity.ConventionError, match=words):
-        parity.identify(parity.from_torch(layer), 4)
+        parity.identify(parity.torch_layer(layer), 4)

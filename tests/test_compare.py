@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jaxbn
-from jaxbn.parity import assert_parity, compare, compare_models, from_batch_norm, from_torch
+from jaxbn.parity import assert_parity, compare, compare_models, batch_norm_layer, torch_layer
 from tests.faulty import FEATURES, Layer, N, WithGradients, batches
 
 BIASED = f"running variance differs by n/(n-1) = {N}/{N - 1}: biased against unbiased"
@@ -23,7 +23,7 @@ class NotFinite(Layer):
 
 def test_nan_parts(rng):
     report = compare(NotFinite(), Layer(), batches(rng))
-    assert report.parted[:2] == ("step 1", "y")
+    assert report.first_difference[:2] == ("step 1", "y")
     assert report.diagnosis == ("y at step 1: not finite: candidate",)
     both = compare(NotFinite(), NotFinite(), batches(rng))
     assert both.diagnosis == ("y at step 1: not finite: candidate and reference",)
@@ -89,15 +89,15 @@ def test_our_layer_and_the_textbook(rng, convention):
     )
     params, state = jaxbn.init((1, FEATURES))
     params = {"scale": jnp.float32(textbook.scale), "bias": jnp.float32(textbook.bias)}
-    assert_parity(from_batch_norm(params, state, **options), textbook, batches(rng))
+    assert_parity(batch_norm_layer(params, state, **options), textbook, batches(rng))
 
 
 def test_torch_against_the_conventions(rng):
     layer = torch.nn.BatchNorm1d(FEATURES)
     params, state = jaxbn.init((1, FEATURES))
     data = batches(rng)
-    assert_parity(from_batch_norm(params, state), from_torch(layer), data)
-    report = compare(from_batch_norm(params, state, **jaxbn.KERAS), from_torch(layer), data)
+    assert_parity(batch_norm_layer(params, state), torch_layer(layer), data)
+    report = compare(batch_norm_layer(params, state, **jaxbn.KERAS), torch_layer(layer), data)
     assert list(report.diagnosis) == [
         "momentum 0.99 against 0.9",
         BIASED,
@@ -220,7 +220,7 @@ def test_no_feature_hides_another(spoilt):
 
     class Spoilt:
         def __init__(self):
-            self.layer = from_batch_norm(*jaxbn.init((1, 3)))
+            self.layer = batch_norm_layer(*jaxbn.init((1, 3)))
             self.train = self.layer.train
 
         def of(self, name, value):
@@ -246,10 +246,10 @@ def test_no_feature_hides_another(spoilt):
     deviations = np.array([1e-3, 1, 1e3], np.float32)
     x = np.random.default_rng(0).normal(2, 1, (32, 3)).astype(np.float32) * deviations
     constant = np.full((32, 1), 3.3, np.float32)
-    torch_layer = from_torch(torch.nn.BatchNorm1d(3))
+    torch_layer = torch_layer(torch.nn.BatchNorm1d(3))
     # Of deviations down to epsilon, two implementations agree, a constant feature among them.
     usual = np.concatenate([x[:, 1:] / 10, constant], 1)
-    same = compare(torch_layer, from_batch_norm(*jaxbn.init((1, 3))), [usual], rtol=1e-3)
+    same = compare(torch_layer, batch_norm_layer(*jaxbn.init((1, 3))), [usual], rtol=1e-3)
     assert same.ok, str(same)
-    report = compare(Spoilt(), from_batch_norm(*jaxbn.init((1, 3))), [x])
+    report = compare(Spoilt(), batch_norm_layer(*jaxbn.init((1, 3))), [x])
     assert any(row.name == spoilt and row.relative > 1e-3 for row in report.rows), str(report)

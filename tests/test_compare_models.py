@@ -135,7 +135,7 @@ def theirs(x64):
 
 
 def place(report):
-    return None if report.parted is None else report.parted[:2]
+    return None if report.first_difference is None else report.first_difference[:2]
 
 
 def test_equal_networks_agree(theirs):
@@ -209,7 +209,7 @@ def test_the_first_place_is_the_faults(theirs, fault):
     report = compare_models((model, variables_of(theirs)), theirs, NAMES, images(), rtol=1e-9)
     assert place(report) == expected
     with pytest.raises(AssertionError) as error:
-        report.raise_if_parted()
+        report.raise_if_different()
     assert str(error.value) == str(report)
     assert f"They part at {expected[0]}, {expected[1]}: " in str(report)
 
@@ -242,7 +242,7 @@ def test_shapes_that_differ_part(theirs):
     head["kernel"], head["bias"] = head["kernel"][:, :2], head["bias"][:2]
     report = compare_models((net(classes=2), variables), theirs, NAMES, images())
     assert place(report) == ("evaluation forward", "head")
-    assert report.parted.note == "shape (4, 2) against (4, 3)"
+    assert report.first_difference.note == "shape (4, 2) against (4, 3)"
 
 
 def test_nan_parts(theirs):
@@ -250,7 +250,7 @@ def test_nan_parts(theirs):
     variables["params"]["block"]["conv"]["bias"] *= jnp.nan
     report = compare_models((net(), variables), theirs, NAMES, images())
     assert place(report) == ("evaluation forward", "block/conv")
-    assert report.parted.note == "not finite: candidate"
+    assert report.first_difference.note == "not finite: candidate"
 
 
 def test_the_torch_model_stays_as_it_is(theirs):

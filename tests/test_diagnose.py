@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import jaxbn
-from jaxbn.parity import compare, from_batch_norm, from_torch
+from jaxbn.parity import compare, batch_norm_layer, torch_layer
 from tests.faulty import FEATURES, Layer, N, WithGradients, batches
 
 BIASED = f"running variance differs by n/(n-1) = {N}/{N - 1}: biased against unbiased"
@@ -85,7 +85,7 @@ def test_equal_layers_have_no_diagnosis(rng, mean, options):
     layers = [WithGradients(**options) for _ in range(2)]
     report = compare(*layers, batches(rng, mean=mean))
     assert report.ok
-    assert report.parted is None
+    assert report.first_difference is None
     assert report.diagnosis == ()
     assert max(row.relative for row in report.rows) == 0
 
@@ -111,7 +111,7 @@ def test_gradients(rng, both, constants, words):
         WithGradients(constants=constants, **both), WithGradients(**both), batches(rng)
     )
     assert report.diagnosis == (words,)
-    assert (report.parted.stage, report.parted.name) == ("step 1", "dx")
+    assert (report.first_difference.stage, report.first_difference.name) == ("step 1", "dx")
 
 
 @pytest.mark.parametrize("mean", [30, 300, 3000])
@@ -144,7 +144,7 @@ def test_rounding_of_the_mean(rng, mean):
     """PyTorch multiplies `x` before it subtracts the mean; its variance is sound."""
     params, state = jaxbn.init((1, FEATURES))
     data = batches(rng, mean=mean, n=256)
-    layers = from_batch_norm(params, state), from_torch(torch.nn.BatchNorm1d(FEATURES))
+    layers = batch_norm_layer(params, state), torch_layer(torch.nn.BatchNorm1d(FEATURES))
     (words,) = compare(*layers, data).diagnosis
     assert words.startswith("rounding of the mean: ")
     assert words.endswith(" deviations from zero")
