@@ -1,21 +1,22 @@
-"""Batch norms in NumPy, each right but for the faults that are asked for."""
+"""A batch norm in NumPy in which faults can be planted, and batches to find them with."""
 
 import numpy as np
+
+from tests.numpy_layers import NumpyBatchNorm
 
 FEATURES = 6
 N = 32
 
 
-class Layer:
-    """The textbook in float64, rounded to float32, with one keyword per fault."""
+class BatchNorm(NumpyBatchNorm):
+    """The textbook's batch norm in float64, rounded to float32, with a keyword per fault.
+
+    Without any of them it is correct.
+    """
 
     def __init__(
         self,
         *,
-        momentum=0.9,
-        epsilon=1e-5,
-        ddof=0,
-        running_ddof=1,
         scale=1.0,
         bias=0.0,
         start=(0.0, 1.0),
@@ -24,57 +25,49 @@ class Layer:
         batch_in_evaluation=False,
         frozen=False,
         constants="none",
-        dtype=np.float32,
+        rounded_to=np.float32,
         features=FEATURES,
+        **convention,
     ):
-        vars(self).update(locals())
+        rng = np.random.default_rng(0)
+        super().__init__(rng, features=features, dtype=np.float64, **convention)
         self.scale = np.linspace(0.5, 2, features) * scale
         self.bias = np.linspace(-1, 1, features) + bias
         self.mean, self.var = (np.full(features, v, np.float32) for v in start)
-        self.count = 0
+        self.per_example, self.naive_variance = per_example, naive_variance
+        self.batch_in_evaluation, self.frozen = batch_in_evaluation, frozen
+        self.constants, self.rounded_to = constants, rounded_to
 
     def statistics(self, x, ddof):
-        """The mean and variance that the layer takes `x` to have."""
-        x = x.astype(np.float64)
-        mean = x.mean(0)
+        mean, var = super().statistics(x, ddof)
         if self.naive_variance:
             single = x.astype(np.float32)
-            var = np.float64(np.maximum((single**2).mean(0) - single.mean(0) ** 2, 0))
-        else:
-            var = x.var(0)
-        return mean, var * len(x) / (len(x) - ddof)
+            biased = np.float64(np.maximum((single**2).mean(0) - single.mean(0) ** 2, 0))
+            var = biased * len(x) / (len(x) - ddof)
+        return mean, var
 
-    def normalize(self, x, mean, var):
-        y = self.scale * (x - mean) / np.sqrt(var + self.epsilon) + self.bias
-        return y.astype(self.dtype).astype(np.float32)
-
-    def train(self, x):
-        mean, var = self.statistics(x, self.running_ddof)
-        self.count += 1
-        momentum = 1 - 1 / self.count if self.momentum is None else self.momentum
+    def track(self, x):
         if not self.frozen:
-            self.mean = (momentum * self.mean + (1 - momentum) * mean).astype(np.float32)
-            self.var = (momentum * self.var + (1 - momentum) * var).astype(np.float32)
+            super().track(x)
+
+    def normalized(self, x, mean, var):
+        y = super().normalized(x, mean, var)
+        return y.astype(self.rounded_to).astype(np.float32)
+
+    def normalized_with_batch(self, x):
         if self.per_example:
-            mean, var = x.mean(1, keepdims=True), x.var(1, keepdims=True)
-        else:
-            mean, var = self.statistics(x, self.ddof)
-        return self.normalize(x, mean, var)
+            return self.normalized(x, x.mean(1, keepdims=True), x.var(1, keepdims=True))
+        return super().normalized_with_batch(x)
 
     def evaluate(self, x):
-        if self.per_example:
-            return self.normalize(x, x.mean(1, keepdims=True), x.var(1, keepdims=True))
-        if self.batch_in_evaluation:
-            return self.normalize(x, *self.statistics(x, self.ddof))
-        return self.normalize(x, self.mean, self.var)
-
-    def running(self):
-        return self.mean, self.var
+        if self.per_example or self.batch_in_evaluation:
+            return self.normalized_with_batch(x.astype(self.dtype))
+        return self.normalized(x, self.mean, self.var)
 
 
-class WithGradients(Layer):
+class DifferentiableBatchNorm(BatchNorm):
     def step(self, x, dy):
-        mean, var = self.statistics(x, self.ddof)
+        mean, var = self.statistics(x.astype(np.float64), self.ddof)
         std = np.sqrt(var + self.epsilon)
         x_hat = (x - mean) / std
         dx = dy.astype(np.float64)
@@ -87,7 +80,7 @@ class WithGradients(Layer):
 
 
 def batches(rng, *, n=N, mean=0.5, steps=3, features=FEATURES):
-    """Batches of features whose deviations differ, all `mean` deviations from zero."""
+    """Make batches of features whose deviations differ, all `mean` deviations from zero."""
     deviation = np.geomspace(0.1, 3, features)
     return [
         (deviation * (mean + rng.normal(size=(n, features)))).astype(np.float32)

@@ -26,8 +26,8 @@ NAMES = {
     "nnx": ["BatchNorm"],
     "parity": [
         *("ConventionError", "DifferentiableLayer", "Layer", "Report", "assert_parity"),
-        *("compare", "compare_models", "from_batch_norm", "from_equinox", "from_haiku"),
-        *("from_keras", "from_linen", "from_nnx", "from_torch", "identify"),
+        *("batch_norm_layer", "compare", "compare_models", "equinox_layer", "haiku_layer"),
+        *("identify", "keras_layer", "linen_layer", "nnx_layer", "torch_layer"),
     ],
 }
 

@@ -1,11 +1,11 @@
-"""`identify` on layers in NumPy: conventions drawn at random, and layers that follow none."""
+"""`identify` on layers in NumPy: with random conventions, and with none."""
 
 import numpy as np
 import pytest
 
 import jaxbn
 from jaxbn.parity import ConventionError, identify
-from tests import faulty
+from tests.faulty import FEATURES, BatchNorm
 from tests.numpy_layers import (
     AddsEpsilonToTheTracked,
     BiasCorrected,
@@ -23,7 +23,7 @@ from tests.numpy_layers import (
     NormalizesRows,
     NoScale,
     NotANumber,
-    NumpyLayer,
+    NumpyBatchNorm,
     OneStatisticForAll,
     OwnBiasInEvaluation,
     OwnEpsilonInEvaluation,
@@ -39,7 +39,7 @@ from tests.numpy_layers import (
 C = 5
 ESTIMATORS = ["biased", "unbiased"]
 PRESETS = ["PYTORCH", "FLAX", "KERAS", "EXERCISE"]
-# Far below the scales, so that float32 rounds the outputs by more than a relative error of these.
+# So far below the scales that the rounding of the outputs exceeds a relative error of these.
 SMALL = np.linspace(5e-5, 1e-4, C)
 
 
@@ -66,7 +66,7 @@ def test_a_random_convention(seed):
         "batch_variance": rng.choice(ESTIMATORS),
         "running_variance": rng.choice(ESTIMATORS),
     }
-    layer = NumpyLayer(
+    layer = NumpyBatchNorm(
         rng,
         **convention,
         features=rng.integers(1, 9),
@@ -78,15 +78,15 @@ def test_a_random_convention(seed):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.001, 0.9, 0.99, 0.999, None])
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 1e-3, 0.1])
-def test_round_numbers_come_back_as_they_are(momentum, epsilon, rng):
-    found = identify(NumpyLayer(rng, momentum=momentum, epsilon=epsilon), C)
+def test_round_numbers_are_found_exactly(momentum, epsilon, rng):
+    found = identify(NumpyBatchNorm(rng, momentum=momentum, epsilon=epsilon), C)
     assert found == {**jaxbn.PYTORCH, "momentum": momentum, "epsilon": epsilon}
 
 
-def test_the_result_is_splatted_into_batch_norm(rng):
+def test_the_result_is_keyword_arguments_of_batch_norm(rng):
     convention = {**jaxbn.EXERCISE, "epsilon": 0.01}
-    layer = NumpyLayer(rng, **convention)
-    found = identify(NumpyLayer(rng, **convention), C)
+    layer = NumpyBatchNorm(rng, **convention)
+    found = identify(NumpyBatchNorm(rng, **convention), C)
     x = rng.normal(size=(8, C)).astype(np.float32)
     params = {"scale": layer.scale, "bias": layer.bias}
     state = {"mean": layer.mean, "var": layer.var}
@@ -96,9 +96,9 @@ def test_the_result_is_splatted_into_batch_norm(rng):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_trained_layer_far_from_its_start(seed):
+def test_a_trained_layer_far_from_its_initial_statistics(seed):
     rng = np.random.default_rng(seed)
-    layer = NumpyLayer(rng, momentum=0.97, epsilon=1e-3, batch_variance="unbiased")
+    layer = NumpyBatchNorm(rng, momentum=0.97, epsilon=1e-3, batch_variance="unbiased")
     layer.mean = (layer.mean + 300).astype(np.float32)
     layer.var = (layer.var * 1e4).astype(np.float32)
     assert identify(layer, C) == {**jaxbn.EXERCISE, "momentum": 0.97, "epsilon": 1e-3}
@@ -107,14 +107,14 @@ def test_a_trained_layer_far_from_its_start(seed):
 @pytest.mark.parametrize("scale", [[0, 0, 1, 0, 0], [1e-3, 1e3, -1, 1, 0], [-0.01] * C])
 @pytest.mark.parametrize("bias", [0.0, 1.0])
 def test_features_of_any_scale(scale, bias, rng):
-    layer = NumpyLayer(rng)
+    layer = NumpyBatchNorm(rng)
     layer.scale, layer.bias = np.float32(scale), np.full(C, bias, np.float32)
     assert identify(layer, C) == jaxbn.PYTORCH
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("bias", [SMALL, np.full(C, 1e-6), np.zeros(C)], ids=["5e-5", "1e-6", "0"])
-@pytest.mark.parametrize("cls", [NumpyLayer, UpdatesTheMeanByValue])
+@pytest.mark.parametrize("cls", [NumpyBatchNorm, UpdatesTheMeanByValue])
 def test_a_bias_that_is_small_beside_the_scale(preset, bias, cls):
     convention = getattr(jaxbn, preset)
     for seed in range(5):
@@ -135,13 +135,13 @@ def test_a_bias_that_is_small_beside_the_scale(preset, bias, cls):
 )
 def test_a_small_bias_hides_no_difference(preset, change, rng):
     convention = {**getattr(jaxbn, preset), **change}
-    layer = NumpyLayer(rng, **convention)
+    layer = NumpyBatchNorm(rng, **convention)
     layer.bias = np.float32(SMALL)
     assert identify(layer, C) == convention
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_small_bias_of_evaluation_alone_is_noticed(preset, rng):
+def test_a_small_bias_in_evaluation_alone_is_noticed(preset, rng):
     layer = OwnBiasInEvaluation(rng, **getattr(jaxbn, preset))
     layer.bias = np.float32(SMALL)
     with pytest.raises(ConventionError, match="evaluation: the output is not x normalized"):
@@ -154,15 +154,15 @@ def test_a_small_bias_of_evaluation_alone_is_noticed(preset, rng):
         ({"per_example": True}, "batch variance"),
         ({"batch_in_evaluation": True}, "evaluation"),
         ({"frozen": True}, "running mean"),
-        ({"dtype": np.float16}, "evaluation"),
+        ({"rounded_to": np.float16}, "evaluation"),
     ],
     ids=str,
 )
 def test_a_fault_beside_a_small_bias(fault, probe):
-    layer = faulty.Layer(**fault)
-    layer.bias = np.linspace(5e-5, 1e-4, faulty.FEATURES)
+    layer = BatchNorm(**fault)
+    layer.bias = np.linspace(5e-5, 1e-4, FEATURES)
     with pytest.raises(ConventionError) as caught:
-        identify(layer, faulty.FEATURES)
+        identify(layer, FEATURES)
     assert caught.value.probe == probe
 
 
@@ -178,8 +178,8 @@ def test_bias_corrected_averages_are_named(momentum, count, dtype, rng):
     check(found, **{**jaxbn.PYTORCH, "momentum": momentum})
 
 
-def test_a_correction_that_forgets_the_initial_variance_is_named(rng):
-    with pytest.raises(ConventionError, match="adds to the variance's") as caught:
+def test_a_correction_that_ignores_the_initial_variance_is_named(rng):
+    with pytest.raises(ConventionError, match="adds to that of the variance") as caught:
         identify(InitialVarianceLeftIn(rng, momentum=0.9), C)
     assert caught.value.found["averages"] == "bias-corrected, with the initial variance left in"
 
@@ -196,27 +196,27 @@ def test_epsilon_outside_the_root_is_named(epsilon, batch_variance, rng):
 
 
 BROKEN = [
-    (Frozen, {}, "running mean", "moves it by 0 of the way"),
-    (NumpyLayer, {"momentum": 1.0}, "running mean", "momentum 1?"),
-    (OwnMomentumForTheVariance, {}, "running variance", "with the mean's momentum"),
-    (MomentumPerFeature, {}, "running mean", "unlike between features"),
-    (WarmedUp, {}, "running mean", "with the weights 1, 0.1, 0.1"),
-    (TracksDeviations, {}, "running variance", "1, 1, 1 is the biased one"),
-    (AddsEpsilonToTheTracked, {}, "running variance", "after a batch that is new"),
-    (MedianMean, {}, "training output", "what the other findings make"),
+    (Frozen, {}, "running mean", "moves it by 0 of the distance"),
+    (NumpyBatchNorm, {"momentum": 1.0}, "running mean", "momentum 1?"),
+    (OwnMomentumForTheVariance, {}, "running variance", "with the momentum of the mean"),
+    (MomentumPerFeature, {}, "running mean", "differs between features"),
+    (WarmedUp, {}, "running mean", "have the weights 1, 0.1, 0.1"),
+    (TracksDeviations, {}, "running variance", "1, 1, 1 would be the biased estimator"),
+    (AddsEpsilonToTheTracked, {}, "running variance", "after a new batch"),
+    (MedianMean, {}, "training output", "the other findings do not predict"),
     (HalfTheBatchVariance, {}, "batch variance", "divided by 1.5, 1, 1 times"),
     (Clamped, {}, "epsilon", "fit no value"),
-    (NoEpsilon, {}, "epsilon", "none shows"),
+    (NoEpsilon, {}, "epsilon", "it has no effect"),
     (OwnEpsilonInEvaluation, {}, "evaluation", "training's scale, bias and epsilon, 1e-05"),
     (OwnEpsilonInEvaluation, {"momentum": 0.99}, "evaluation", "epsilon, 1e-05"),
     (OwnEpsilonInEvaluation, {"momentum": 0.5, "epsilon": 1e-6}, "evaluation", "epsilon, 1e-06"),
     (EvaluatesWithoutBias, {}, "evaluation", "training's scale, bias"),
-    (Relu, {}, "batch variance", "no linear function"),
-    (Noisy, {}, "batch variance", "no linear function"),
+    (Relu, {}, "batch variance", "not a linear function"),
+    (Noisy, {}, "batch variance", "not a linear function"),
     (NotANumber, {}, "evaluation", "evaluate(x) is not finite"),
     (OneStatisticForAll, {}, "evaluation", "the running mean has shape (1,), not (5,)"),
     (NegativeVariance, {}, "evaluation", "the running variance is negative"),
-    (Transposed, {}, "evaluation", "evaluate(x) has shape (5, 16) where x has (16, 5)"),
+    (Transposed, {}, "evaluation", "evaluate(x) has shape (5, 16), but x has shape (16, 5)"),
     (NoScale, {}, "batch variance", "no feature has a scale"),
     (NormalizesRows, {}, "batch variance", "no feature has a scale"),
     (RunningStatisticsInTraining, {}, "batch variance", "divided by"),
@@ -227,7 +227,7 @@ BROKEN = [
     "layer, options, probe, reason", BROKEN, ids=[f"{b[0].__name__}-{b[1]}" for b in BROKEN]
 )
 @pytest.mark.parametrize("bias", [None, SMALL], ids=["any bias", "small bias"])
-def test_a_layer_without_convention_is_told_by_the_probe(layer, options, probe, reason, bias, rng):
+def test_a_layer_without_convention_fails_at_a_probe(layer, options, probe, reason, bias, rng):
     black_box = layer(rng, **options)
     if bias is not None:
         black_box.bias = np.float32(bias)
@@ -237,7 +237,7 @@ def test_a_layer_without_convention_is_told_by_the_probe(layer, options, probe, 
     assert probe in str(caught.value) and caught.value.reason in str(caught.value)
 
 
-def test_the_report_names_what_was_found_before(rng):
+def test_the_error_names_what_was_found_before(rng):
     with pytest.raises(ConventionError) as caught:
         identify(Clamped(rng), C)
     assert caught.value.found == {
@@ -246,10 +246,10 @@ def test_the_report_names_what_was_found_before(rng):
         "batch_variance": "biased",
     }
     assert str(caught.value).endswith(
-        "Found besides: momentum=0.9, running_variance='unbiased', batch_variance='biased'."
+        "Otherwise found: momentum=0.9, running_variance='unbiased', batch_variance='biased'."
     )
 
 
 def test_no_features():
     with pytest.raises(ValueError, match=r"^num_features is 0; it must be at least 1\.$"):
-        identify(NumpyLayer(np.random.default_rng(0)), 0)
+        identify(NumpyBatchNorm(np.random.default_rng(0)), 0)

@@ -1,4 +1,4 @@
-"""`python -m jaxbn.parity`: what it prints, in each form."""
+"""What `python -m jaxbn.parity` prints, in each form."""
 
 import importlib.util
 import json
@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 import jaxbn
-from jaxbn.parity import _oracle, _survey
+from jaxbn.parity import _oracle
 from jaxbn.parity.__main__ import main
+from jaxbn.parity._command import measurements
 from tests import oracle
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(_survey, "N", 64)
-    monkeypatch.setattr(_survey, "C", 3)
+    monkeypatch.setattr(measurements, "N", 64)
+    monkeypatch.setattr(measurements, "C", 3)
 
 
 def printed(capsys, *arguments):
@@ -36,9 +37,9 @@ def test_json(capsys):
     assert note.startswith("running mean: successive batches") and not conventions["Equinox, ema"]
     assert found["errors"]["Equinox, ema"] is None
     for name in ("jaxbn", "PyTorch", "Haiku"):
-        assert list(found["errors"][name]) == list(_survey.INPUTS)
+        assert list(found["errors"][name]) == list(measurements.INPUTS)
         assert max(found["errors"][name]["N(0, 1)"].values()) < 2e-6
-    # A mean of 1e6 is what PyTorch loses digits to, and this library does not.
+    # With a mean of 1e6, PyTorch loses digits, and this library does not.
     assert max(found["errors"]["jaxbn"]["N(1e6, 1)"].values()) < 2e-6
     assert min(found["errors"]["PyTorch"]["N(1e6, 1)"].values()) > 1e-4
     assert (found["missing"], found["dtype"], found["shape"]) == ({}, "float32", [64, 3])
@@ -54,7 +55,7 @@ def test_float64(capsys):
 def test_bfloat16(capsys):
     found = json.loads(printed(capsys, "--json", "--frameworks", "torch", "--dtype=bfloat16"))
     for name in ("jaxbn", "PyTorch"):
-        # Half of a bfloat16's last place.
+        # Half of the last place of bfloat16.
         assert 1e-5 < found["errors"][name]["N(0, 1)"]["y"] < 2**-8
 
 
@@ -75,7 +76,7 @@ def test_markdown(capsys):
     assert len(errors) == 3
     for table in errors:
         assert table[0] == ["input", "jaxbn", "PyTorch"]
-        assert [row[0] for row in table[2:]] == list(_survey.INPUTS)
+        assert [row[0] for row in table[2:]] == list(measurements.INPUTS)
         for row in table[2:]:
             assert all(float(cell) >= 0 for cell in row[1:])
     assert "On cpu: jaxbn " in text
@@ -107,10 +108,10 @@ def test_a_picture_without_an_ending_is_a_png(capsys, tmp_path):
 def test_a_picture_that_cannot_be_written_is_refused_before_probing(
     name, message, capsys, tmp_path, monkeypatch
 ):
-    def survey(*_):
+    def measure(*_):
         raise AssertionError("probed")
 
-    monkeypatch.setattr("jaxbn.parity.__main__.survey", survey)
+    monkeypatch.setattr("jaxbn.parity.__main__.measure_frameworks", measure)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.iterdir())
@@ -142,7 +143,7 @@ def test_wrong_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_what_draws_may_be_missing(capsys, monkeypatch):
+def test_packages_for_tables_and_pictures_may_be_missing(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for arguments, package in (([], "rich"), (["--json", "--png", "x.png"], "matplotlib")):
         with pytest.raises(SystemExit, match="2"):
@@ -168,6 +169,6 @@ def test_the_oracle_is_the_tests_own(batch_variance, ddof, rng):
         assert _oracle.error(value * np.float32(1.25), wanted) > 0.2
 
 
-def test_errors_that_are_no_numbers():
+def test_errors_that_are_not_numbers():
     assert np.isnan(_oracle.error(np.full(2, np.nan), np.ones(2)))
     assert _oracle.error(np.full(2, 0.5), np.zeros(2)) == 0.5

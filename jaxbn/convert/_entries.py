@@ -22,13 +22,13 @@ _LARGEST_COUNT = np.iinfo(np.int32).max
 
 
 def array(value: Any) -> Array:
-    """The values of a tensor of PyTorch's, or of an array, where they are if that can be."""
+    """Return the values of a PyTorch tensor or of any array, without a copy if possible."""
     if isinstance(value, jax.Array):
         return value
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":
-            # PyTorch has no NumPy dtype for it; integers of the same width carry the bits.
+            # PyTorch knows no NumPy dtype for it, so the bits pass through 16-bit integers.
             return value.view(value.short().dtype).numpy().view(jnp.bfloat16)
         value = value.numpy()
     return np.asarray(value)

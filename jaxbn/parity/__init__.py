@@ -1,20 +1,31 @@
-"""What a batch norm's convention is, and where two layers or two models part."""
+"""Find out which convention a batch norm follows, and where two layers or two networks differ.
 
-from jaxbn.parity._adapters import from_batch_norm as from_batch_norm
-from jaxbn.parity._adapters import from_equinox as from_equinox
-from jaxbn.parity._adapters import from_haiku as from_haiku
-from jaxbn.parity._adapters import from_keras as from_keras
-from jaxbn.parity._adapters import from_linen as from_linen
-from jaxbn.parity._adapters import from_nnx as from_nnx
-from jaxbn.parity._adapters import from_torch as from_torch
+`_layer` defines what these tools call on a layer. Four private packages implement them:
+
+- `_adapters` wraps the frameworks' layers, so that they have these methods.
+- `_identify` finds a layer's convention by probing it.
+- `_compare` trains two layers, or runs two networks, side by side. Its `diagnosis` finds the
+  reasons for their differences.
+- `_command` is behind `python -m jaxbn.parity`, which probes all installed frameworks.
+
+Only `_command` imports the others.
+"""
+
+from jaxbn.parity._adapters import batch_norm_layer as batch_norm_layer
+from jaxbn.parity._adapters import equinox_layer as equinox_layer
+from jaxbn.parity._adapters import haiku_layer as haiku_layer
+from jaxbn.parity._adapters import keras_layer as keras_layer
+from jaxbn.parity._adapters import linen_layer as linen_layer
+from jaxbn.parity._adapters import nnx_layer as nnx_layer
+from jaxbn.parity._adapters import torch_layer as torch_layer
+from jaxbn.parity._compare import Report as Report
 from jaxbn.parity._compare import assert_parity as assert_parity
 from jaxbn.parity._compare import compare as compare
+from jaxbn.parity._compare import compare_models as compare_models
 from jaxbn.parity._identify import ConventionError as ConventionError
 from jaxbn.parity._identify import identify as identify
 from jaxbn.parity._layer import DifferentiableLayer as DifferentiableLayer
 from jaxbn.parity._layer import Layer as Layer
-from jaxbn.parity._models import compare_models as compare_models
-from jaxbn.parity._report import Report as Report
 
 __all__ = [
     "ConventionError",
@@ -22,14 +33,14 @@ __all__ = [
     "Layer",
     "Report",
     "assert_parity",
+    "batch_norm_layer",
     "compare",
     "compare_models",
-    "from_batch_norm",
-    "from_equinox",
-    "from_haiku",
-    "from_keras",
-    "from_linen",
-    "from_nnx",
-    "from_torch",
+    "equinox_layer",
+    "haiku_layer",
     "identify",
+    "keras_layer",
+    "linen_layer",
+    "nnx_layer",
+    "torch_layer",
 ]

@@ -1,4 +1,4 @@
-"""`python -m jaxbn.parity`: the conventions of the batch norms installed here, and their errors."""
+"""Print the conventions of the installed frameworks' batch norms, and their rounding errors."""
 
 import argparse
 import importlib.util
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax
 
-from jaxbn.parity import _table
-from jaxbn.parity._frameworks import FRAMEWORKS
-from jaxbn.parity._survey import survey
+from jaxbn.parity._command import picture, tables
+from jaxbn.parity._command.frameworks import FRAMEWORKS
+from jaxbn.parity._command.measurements import measure_frameworks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,15 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--frameworks",
         default=",".join(others),
-        help="which to look at beside this library, separated by commas; by default %(default)s",
+        help="what to measure besides this library, separated by commas; by default %(default)s",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "float64", "bfloat16"],
         default="float32",
-        help="of the hard inputs; conventions are looked for in float32",
+        help="the dtype of the hard inputs; conventions are always identified in float32",
     )
-    parser.add_argument("--device", help="cpu, gpu or tpu; by default the one that JAX takes")
+    parser.add_argument("--device", help="cpu, gpu or tpu; by default JAX's default device")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print all numbers")
     form.add_argument("--markdown", action="store_true", help="print tables in Markdown")
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for package, wanted in (("rich", terminal), ("matplotlib", options.png is not None)):
         if wanted and importlib.util.find_spec(package) is None:
             parser.error(
-                f"{package} is missing: pip install 'jaxbn[parity]', or ask for --json or "
-                "--markdown, without --png"
+                f"{package} is missing: pip install 'jaxbn[parity]', or use --json or --markdown "
+                "without --png"
             )
     device = options.device or jax.default_backend()
     try:
@@ -52,19 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if options.png is not None:
         try:
-            options.png = _table.picture_path(options.png)
+            options.png = picture.picture_path(options.png)
         except ValueError as error:
             parser.error(f"argument --png: {error}")
 
-    found = survey(["ours", *names], options.dtype, device)
+    measured = measure_frameworks(["ours", *names], options.dtype, device)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(measured, indent=2))
     elif options.markdown:
-        print(_table.markdown(found))
+        print(tables.markdown(measured))
     else:
-        _table.show(found)
+        tables.show(measured)
     if options.png is not None:
-        _table.picture(found, options.png)
+        picture.draw_picture(measured, options.png)
 
 
 if __name__ == "__main__":

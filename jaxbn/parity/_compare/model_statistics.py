@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxbn.convert._entries import array
+
 if TYPE_CHECKING:
     import torch
 
-Moments = tuple[np.ndarray, np.ndarray]
+MeanAndVar = tuple[np.ndarray, np.ndarray]
 # The running mean and variance of each submodule that keeps them, by its path.
-Statistics = dict[str, Moments]
+Statistics = dict[str, MeanAndVar]
 
 
 def of_flax(batch_stats: Mapping[str, Any]) -> Statistics:
     """Collect the statistics of a Linen model's `batch_stats`."""
 
-    def visit(path: tuple[str, ...], node: Any) -> Iterator[tuple[str, Moments]]:
+    def visit(path: tuple[str, ...], node: Any) -> Iterator[tuple[str, MeanAndVar]]:
         if not isinstance(node, Mapping):
             return
         mean, var = node.get("mean"), node.get("var")
@@ -30,22 +32,20 @@ def of_flax(batch_stats: Mapping[str, Any]) -> Statistics:
     return dict(visit((), batch_stats))
 
 
-def of_torch(
-    modules: Mapping[str, torch.nn.Module], to_numpy: Callable[[torch.Tensor], np.ndarray]
-) -> Statistics:
+def of_torch(modules: Mapping[str, torch.nn.Module]) -> Statistics:
     """Collect the statistics of a PyTorch model's modules."""
     found = {}
     for name, module in modules.items():
         mean, var = (getattr(module, f"running_{k}", None) for k in ("mean", "var"))
         if mean is not None and var is not None:
-            found[name] = (to_numpy(mean), to_numpy(var))
+            found[name] = (np.asarray(array(mean)), np.asarray(array(var)))
     return found
 
 
 def pairs_and_notes(
     ours: Statistics, theirs: Statistics, names: Mapping[str, str]
-) -> tuple[list[tuple[str, Moments, Moments]], list[str]]:
-    """Pair the statistics by the submodules' names, and note those that no name leads to."""
+) -> tuple[list[tuple[str, MeanAndVar, MeanAndVar]], list[str]]:
+    """Pair the statistics by the submodules' names, and note the ones that no name covers."""
     paired = {k: v for k, v in names.items() if k in ours and v in theirs}
     left_out = [
         f"{framework}'s {sorted(missing)}"

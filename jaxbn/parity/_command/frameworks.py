@@ -1,4 +1,4 @@
-"""The frameworks' batch norms, each at its own defaults, for the command to look at."""
+"""Make the batch norm of each framework, at its own defaults."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._init import init
-from jaxbn.parity import _adapters
+from jaxbn.parity._adapters import (
+    batch_norm_layer,
+    equinox_layer,
+    haiku_layer,
+    keras_layer,
+    linen_layer,
+    nnx_layer,
+    torch_layer,
+)
 from jaxbn.parity._layer import DifferentiableLayer
 
 
 class Parameters(NamedTuple):
-    """What a layer is made with: (C,) each, in the dtype that it keeps them in."""
+    """The parameters of a layer: (C,) each, in the dtype that it keeps them in."""
 
     scale: np.ndarray
     bias: np.ndarray
@@ -23,16 +31,16 @@ class Parameters(NamedTuple):
 Maker = Callable[[Parameters], DifferentiableLayer]
 
 
-def ours(parameters: Parameters) -> DifferentiableLayer:
+def make_ours(parameters: Parameters) -> DifferentiableLayer:
     _, state = init(parameters.scale.shape, param_dtype=parameters.scale.dtype)
-    return _adapters.from_batch_norm(_as_jax(parameters), state)
+    return batch_norm_layer(_as_jax(parameters), state)
 
 
-def torch(parameters: Parameters) -> DifferentiableLayer:
+def make_torch(parameters: Parameters) -> DifferentiableLayer:
     import torch
 
-    (where,) = jnp.zeros(()).devices()
-    device = where.platform
+    (jax_device,) = jnp.zeros(()).devices()
+    device = jax_device.platform
     if device not in ("cpu", "gpu") or (device == "gpu" and not torch.cuda.is_available()):
         raise ImportError(f"this PyTorch, {torch.__version__}, does not run on {device}")
     layer = torch.nn.BatchNorm1d(len(parameters.scale))
@@ -40,19 +48,19 @@ def torch(parameters: Parameters) -> DifferentiableLayer:
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(parameters.scale))
         layer.bias.copy_(torch.tensor(parameters.bias))
-    return _adapters.from_torch(layer)
+    return torch_layer(layer)
 
 
-def linen(parameters: Parameters) -> DifferentiableLayer:
+def make_linen(parameters: Parameters) -> DifferentiableLayer:
     import flax.linen
 
     module = flax.linen.BatchNorm(param_dtype=_dtype(parameters))
     _, state = init(parameters.scale.shape, param_dtype=_dtype(parameters))
     variables = {"params": _as_jax(parameters), "batch_stats": state}
-    return _adapters.from_linen(module, variables)
+    return linen_layer(module, variables)
 
 
-def nnx(parameters: Parameters) -> DifferentiableLayer:
+def make_nnx(parameters: Parameters) -> DifferentiableLayer:
     from flax import nnx
 
     params = _as_jax(parameters)
@@ -63,24 +71,24 @@ def nnx(parameters: Parameters) -> DifferentiableLayer:
         bias_init=lambda *_: params["bias"],
         rngs=nnx.Rngs(0),
     )
-    return _adapters.from_nnx(layer)
+    return nnx_layer(layer)
 
 
-def haiku(parameters: Parameters) -> DifferentiableLayer:
+def make_haiku(parameters: Parameters) -> DifferentiableLayer:
     import haiku as hk
 
-    # Haiku has no default decay; 0.99 is the one that most of the others have.
+    # Haiku has no default decay; 0.99 is that of most other frameworks.
     transformed = hk.transform_with_state(
         lambda x, is_training: hk.BatchNorm(True, True, 0.99)(x, is_training)
     )
     scale, bias = (v[None] for v in _as_jax(parameters).values())
     _, state = transformed.init(None, scale, True)
-    return _adapters.from_haiku(
-        transformed, {"batch_norm": {"scale": scale, "offset": bias}}, state
-    )
+    return haiku_layer(transformed, {"batch_norm": {"scale": scale, "offset": bias}}, state)
 
 
-def equinox(parameters: Parameters, mode: Literal["batch", "ema"] = "batch") -> DifferentiableLayer:
+def make_equinox(
+    parameters: Parameters, mode: Literal["batch", "ema"] = "batch"
+) -> DifferentiableLayer:
     import equinox as eqx
 
     layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
@@ -88,14 +96,14 @@ def equinox(parameters: Parameters, mode: Literal["batch", "ema"] = "batch") -> 
     )
     values = tuple(_as_jax(parameters).values())
     layer = eqx.tree_at(lambda one: (one.weight, one.bias), layer, values)
-    return _adapters.from_equinox(layer, state)
+    return equinox_layer(layer, state)
 
 
-def equinox_ema(parameters: Parameters) -> DifferentiableLayer:
-    return equinox(parameters, mode="ema")
+def make_equinox_ema(parameters: Parameters) -> DifferentiableLayer:
+    return make_equinox(parameters, mode="ema")
 
 
-def keras(parameters: Parameters) -> DifferentiableLayer:
+def make_keras(parameters: Parameters) -> DifferentiableLayer:
     os.environ.setdefault("KERAS_BACKEND", "jax")  # read when Keras is first imported
     import keras
 
@@ -105,25 +113,25 @@ def keras(parameters: Parameters) -> DifferentiableLayer:
     layer.build((None, len(parameters.scale)))
     for variable, value in zip(layer.trainable_variables, parameters, strict=True):
         variable.assign(value)
-    return _adapters.from_keras(layer)
+    return keras_layer(layer)
 
 
 FRAMEWORKS: Mapping[str, tuple[str, Maker]] = {
-    "ours": ("jaxbn", ours),
-    "torch": ("PyTorch", torch),
-    "linen": ("flax.linen", linen),
-    "nnx": ("flax.nnx", nnx),
-    "haiku": ("Haiku", haiku),
-    "equinox": ("Equinox", equinox),
-    "equinox-ema": ("Equinox, ema", equinox_ema),
-    "keras": ("Keras", keras),
+    "ours": ("jaxbn", make_ours),
+    "torch": ("PyTorch", make_torch),
+    "linen": ("flax.linen", make_linen),
+    "nnx": ("flax.nnx", make_nnx),
+    "haiku": ("Haiku", make_haiku),
+    "equinox": ("Equinox", make_equinox),
+    "equinox-ema": ("Equinox, ema", make_equinox_ema),
+    "keras": ("Keras", make_keras),
 }
 
 
 def available(
     names: Sequence[str], parameters: Parameters
 ) -> tuple[dict[str, Maker], dict[str, str]]:
-    """Of the named frameworks, by their titles, those that run here, and why the others do not."""
+    """Return the makers of the frameworks that run here, and why the others do not, by title."""
     found, missing = {}, {}
     for name in names:
         title, make = FRAMEWORKS[name]

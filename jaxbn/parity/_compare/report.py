@@ -1,4 +1,4 @@
-"""What a comparison found: a row per quantity, and a text to read."""
+"""Hold the result of a comparison: a row per quantity, and a text to read."""
 
 import math
 import numbers
@@ -8,22 +8,23 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-# A table that is longer shows only the rows that part.
-_ROWS_SHOWN = 60
+# A longer table shows only the rows that differ.
+_MAX_ROWS = 60
 
 
 class Row(NamedTuple):
     """The largest error of one quantity.
 
     Attributes:
-      stage: where it was taken: "step 2" of two layers, "training forward" of two networks.
+      stage: when it was measured: "step 2" for layers, "training forward" for networks.
       name: what was compared: "running var", or the name of an intermediate.
-      relative: the largest difference over the largest magnitude of the reference: of two layers,
-        that of the feature, so that none hides another, and of their parameters' gradients and of
-        networks, that of the whole array. Infinite where shapes differ or values are not finite.
-      ulp: the largest difference in units in the last place, in the reference's dtype, of the same
-        magnitude: a value near zero, which is often a difference of larger ones, counts for no more
-        than they do.
+      relative: the largest difference divided by a magnitude of the reference. For layers, this is
+        the largest magnitude of the feature, so that no feature hides another. For the gradients of
+        their parameters, and for networks, it is that of the whole array. The error is infinite if
+        shapes differ or values are not finite.
+      ulp: the largest difference in units in the last place of the same magnitude, in the
+        reference's dtype. Errors of values near zero, which are often differences of larger values,
+        are measured by those larger values.
       note: why it could not be measured.
     """
 
@@ -36,12 +37,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Two layers, or two networks, side by side.
+    """The differences between two layers or two networks.
 
     Attributes:
       rows: the errors, in the order in which the quantities are computed.
-      rtol: the largest relative error at which they count as equal.
-      diagnosis: where they part, for which known reasons.
+      rtol: the largest relative error that counts as equal.
+      diagnosis: the reasons for the differences, as far as they are known.
       notes: what could not be compared.
     """
 
@@ -51,22 +52,22 @@ class Report:
     notes: tuple[str, ...] = ()
 
     @property
-    def parted(self) -> Row | None:
+    def first_difference(self) -> Row | None:
         """The first row beyond `rtol`, or None."""
         return next((row for row in self.rows if self._beyond(row)), None)
 
     @property
     def ok(self) -> bool:
         """Whether every row is within `rtol`."""
-        return self.parted is None
+        return self.first_difference is None
 
-    def raise_if_parted(self) -> None:
-        """Raises an `AssertionError` that holds the whole report, unless all is within `rtol`."""
+    def raise_if_different(self) -> None:
+        """Raise an `AssertionError` with the whole report, unless every row is within `rtol`."""
         if not self.ok:
             raise AssertionError(str(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in values that JSON has; None is an error that could not be measured."""
+        """Return the report as values that JSON can hold. Infinite errors become None."""
 
         def finite(value: float) -> float | None:
             return value if math.isfinite(value) else None
@@ -75,26 +76,28 @@ class Report:
             {**row._asdict(), "relative": finite(row.relative), "ulp": finite(row.ulp)}
             for row in self.rows
         ]
-        first = self.parted
+        first = self.first_difference
+        place = None if first is None else {"stage": first.stage, "name": first.name}
         return {
             "ok": self.ok,
             "rtol": self.rtol,
-            "first_parted": None if first is None else {"stage": first.stage, "name": first.name},
+            "first_difference": place,
             "rows": rows,
             "diagnosis": list(self.diagnosis),
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
-        first = self.parted
+        first = self.first_difference
         if first is None:
-            lines = [f"No difference beyond {self.rtol:g}, relative."]
+            lines = [f"No relative difference exceeds {self.rtol:g}."]
         else:
-            by = first.note or f"{first.relative:.2g} relative, {first.ulp:.3g} ulp"
+            by = first.note or f"relative error {first.relative:.2g}, {first.ulp:.3g} ulp"
             lines = [
-                f"They part at {first.stage}, {first.name}: {by}; {self.rtol:g} relative allowed."
+                f"The first difference is at {first.stage}, {first.name}: {by} "
+                f"(rtol {self.rtol:g})."
             ]
-        lines += [f"- {words}" for words in self.diagnosis]
+        lines += [f"- {reason}" for reason in self.diagnosis]
         lines += [f"({note})" for note in self.notes]
         return "\n".join([*lines, "", *self._table()])
 
@@ -102,23 +105,23 @@ class Report:
         return not row.relative <= self.rtol
 
     def _table(self) -> list[str]:
-        rows = [row for row in self.rows if len(self.rows) <= _ROWS_SHOWN or self._beyond(row)]
-        shown = rows[:_ROWS_SHOWN]
+        rows = [row for row in self.rows if len(self.rows) <= _MAX_ROWS or self._beyond(row)]
+        shown = rows[:_MAX_ROWS]
         cells = [("", "", "relative", "ulp", "")]
         for row in shown:
-            mark = row.note or ("beyond" if self._beyond(row) else "")
+            mark = row.note or ("differs" if self._beyond(row) else "")
             cells.append((row.stage, row.name, f"{row.relative:.1e}", f"{row.ulp:.3g}", mark))
         widths = [max(len(line[column]) for line in cells) for column in range(5)]
         table = [
             f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
             for a, b, c, d, e in cells
         ]
-        left_out = len(self.rows) - len(shown)
-        return table if left_out == 0 else [*table, f"({left_out} rows left out)"]
+        omitted = len(self.rows) - len(shown)
+        return table if omitted == 0 else [*table, f"({omitted} rows omitted)"]
 
 
 def checked_rtol(rtol: Any) -> float:
-    """`rtol`, or an error where nothing or everything would be within it."""
+    """Return `rtol` as a float, or raise if it is not a finite number of at least zero."""
     if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real):
         raise TypeError(f"rtol must be a number, got {rtol!r} of type {type(rtol).__name__}.")
     value = float(rtol)
@@ -134,12 +137,15 @@ def measure(
     name: str,
     candidate: np.ndarray,
     reference: np.ndarray,
-    unit: np.ndarray | None = None,
+    magnitude: np.ndarray | None = None,
 ) -> Row:
-    """The row of one quantity.
+    """Return the row of one quantity.
 
-    Errors are relative to the `unit`, which broadcasts against it. By default, and where that is
-    zero, it is the reference's largest magnitude; and one, where that is zero too.
+    Args:
+      stage, name: see `Row`.
+      candidate, reference: the two arrays.
+      magnitude: what errors are relative to; broadcasts against the arrays. By default, and where
+        it is zero, it is the largest magnitude of the reference, or one if that is zero.
     """
     candidate, reference = np.asarray(candidate), np.asarray(reference)
     if candidate.shape != reference.shape:
@@ -151,12 +157,14 @@ def measure(
     if broken:
         return Row(stage, name, math.inf, math.inf, f"not finite: {' and '.join(broken)}")
     largest = float(np.abs(b).max(initial=0)) or 1.0
-    unit = np.full(1, largest) if unit is None else np.where(unit > 0, unit, largest)
-    last_place = last_place_of_one(dtype) * 2.0 ** np.floor(np.log2(unit))
-    relative, ulp = (float((np.abs(a - b) / one).max(initial=0)) for one in (unit, last_place))
+    if magnitude is None:
+        magnitude = np.full(1, largest)
+    magnitude = np.where(magnitude > 0, magnitude, largest)
+    last_place = last_place_of_one(dtype) * 2.0 ** np.floor(np.log2(magnitude))
+    relative, ulp = (float((np.abs(a - b) / one).max(initial=0)) for one in (magnitude, last_place))
     return Row(stage, name, relative, ulp)
 
 
 def last_place_of_one(dtype: np.dtype) -> float:
-    """The distance from one to the next number of a dtype."""
+    """Return the distance from one to the next larger number of a dtype."""
     return float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float64).eps)

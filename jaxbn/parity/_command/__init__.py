@@ -1,0 +1,1 @@
+"""Measure the batch norms of all installed frameworks, and show the results."""
