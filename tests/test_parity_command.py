@@ -87,7 +87,7 @@ def test_terminal_and_picture(capsys, tmp_path, monkeypatch):
     path = tmp_path / "errors.png"
     text = printed(capsys, "--frameworks", "", "--png", str(path))
     assert "momentum   epsilon   batch_variance   running_variance" in text
-    assert "a spike of 1e6" in text
+    assert "one spike of 1e6" in text
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
