@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 import pytest
 
+from train_examples.common.errors import UserError
+from train_examples.common.training import fit, network
 from train_examples.data_parallel import launch
 from train_examples.data_parallel.batches import data_mesh
 from train_examples.data_parallel.compare import distance
 from train_examples.data_parallel.config import parse_args
 from train_examples.data_parallel.train import Result, train
-from train_examples.digits.config import UserError
-from train_examples.digits.train import ONE_DEVICE, fit, network
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 3
@@ -49,7 +49,7 @@ def one_device(tmp_path_factory, compiles_fast):
     out = tmp_path_factory.mktemp("one_device")
     config = parse_args([*OPTIONS, f"--out={out}"])
     with jax.enable_x64(True):
-        state, history, _ = fit(network(config), config, ONE_DEVICE)
+        state, history, _ = fit(network(config), config)
     return Result(state, history, data_mesh(1))
 
 
@@ -95,8 +95,8 @@ def test_host_that_is_killed(one_device, tmp_path):
     assert hosts[1].returncode == 1
     assert printed.splitlines()[-1] == (
         f"error: process 1 of 2 cannot go on: another process is gone, does not answer, or has "
-        f"not started within 120 seconds. Start them all again: --resume --out {tmp_path} goes on "
-        f"after the last whole epoch."
+        f"not started within 120 seconds. Start them all again: --resume --out {tmp_path} "
+        f"continues after the last complete epoch."
     )
     # Whole epochs of the run are there, and it goes on from them elsewhere and otherwise.
     assert_same_run(resume(tmp_path, "--devices=3", "--mode=shard_map"), one_device)
@@ -130,7 +130,7 @@ def test_process_that_is_killed(one_device, monkeypatch, tmp_path):
     assert workers[1].returncode == -signal.SIGKILL
     assert exit_info.value.code == (
         f"error: process 1 of 2 was killed by SIGKILL, and the others cannot go on without it. "
-        f"Start them all again: --resume --out {tmp_path} goes on after the last whole epoch."
+        f"Start them all again: --resume --out {tmp_path} continues after the last complete epoch."
     )
     monkeypatch.undo()
 
