@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from rich.progress import Progress
 
 from train_examples.common import checkpoint, data
@@ -98,7 +98,8 @@ class Backend(NamedTuple):
     place: Callable[[TrainState], TrainState]
 
 
-ONE_DEVICE = Backend(train_step, correct, lambda state: state)
+# The state is committed to its device, as a restored one is: both share the compiled step.
+ONE_DEVICE = Backend(train_step, correct, lambda state: jax.device_put(state, jax.devices()[0]))
 
 # One object for equal options: JAX compiles the step anew for each model and optimizer.
 _network, _optimizer = cache(ConvNet), cache(optimizer)
@@ -114,15 +115,12 @@ def initial_state(
 ) -> TrainState:
     """Return the state before the first step, drawn in float32 whatever the dtype of the run."""
     dtype = jnp.promote_types(config.dtype, jnp.float32)
-    return _cast(create_state(model, images, tx, config.seed), dtype)
 
+    def cast(leaf: ArrayLike) -> jax.Array:
+        own = jnp.result_type(leaf)
+        return jnp.asarray(leaf, dtype if jnp.issubdtype(own, jnp.floating) else own)
 
-def _cast(state: TrainState, dtype: DTypeLike) -> TrainState:
-    def cast(leaf: ArrayLike) -> ArrayLike:
-        leaf = jnp.asarray(leaf)
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return jax.tree.map(cast, state)
+    return jax.tree.map(cast, create_state(model, images, tx, config.seed))
 
 
 def fit(
