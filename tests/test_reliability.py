@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from train_examples.common import checkpoint
 from train_examples.common.config import Config
@@ -38,7 +39,29 @@ def restored(out):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def compiled_once(tmp_path_factory):
+    """A cache that this process and others, in the environment returned, share.
+
+    Most of a short run's time is the compiler's.
+    """
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    compilation_cache.reset_cache()
+    for name, value in options.items():
+        jax.config.update(name, value)
+    environment = {name.upper(): str(value) for name, value in options.items()}
+    yield {**environment, "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, compiled_once):
     """A run that nothing disturbs."""
     config = replace(CONFIG, out=tmp_path_factory.mktemp("whole"))
     return train(config), config
@@ -53,19 +76,13 @@ def assert_same(result, wanted):
     assert result.history == wanted.history
 
 
-def test_a_run_killed_at_random_moments_ends_bit_identical(whole, tmp_path):
+def test_a_run_killed_at_random_moments_ends_bit_identical(whole, compiled_once, tmp_path):
     wanted, _ = whole
     out = tmp_path / "killed"
     command = [
         *(sys.executable, "-m", "train_examples.digits", "--out", str(out)),
         *("--epochs", str(EPOCHS), "--batch-size", str(CONFIG.batch_size)),
     ]
-    # Most of a short run's time is the compiler's, which need not work for every process.
-    compiled_once = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
     rng = random.Random(0)
     folder = out / "checkpoints"
     kills = 0
