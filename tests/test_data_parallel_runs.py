@@ -33,9 +33,12 @@ LIMIT = 120
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiles_fast():
-    """Most of a short run's time is the compiler's: here, and in processes."""
+def compiles_fast(tmp_path_factory):
+    """Most of a short run's time is the compiler's: here, and in processes, which share a cache."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         patch.setenv("JAX_PLATFORMS", "cpu")
         before = jax.config.read("jax_disable_most_optimizations")
