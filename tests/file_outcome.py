@@ -2,7 +2,7 @@
 
 import tracemalloc
 
-from train_examples.digits.config import UserError
+from train_examples.common.errors import UserError
 
 
 def outcome(read, *args):

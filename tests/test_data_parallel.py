@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train_examples.common import data
+from train_examples.common.errors import UserError
+from train_examples.common.model import ConvNet
+from train_examples.common.training import correct, initial_state
 from train_examples.data_parallel import __main__ as command
 from train_examples.data_parallel import train as training
 from train_examples.data_parallel.batches import Batch, data_mesh, padded, replicated, spread
@@ -12,10 +16,7 @@ from train_examples.data_parallel.compare import distance
 from train_examples.data_parallel.config import MODES, Config, parse_args
 from train_examples.data_parallel.steps import STEPS
 from train_examples.data_parallel.train import on_devices
-from train_examples.digits import data
-from train_examples.digits.config import UserError
-from train_examples.digits.model import ConvNet
-from train_examples.digits.train import correct, create_state, optimizer, train_step
+from train_examples.digits.train import optimizer, train_step
 
 STEPS_COMPARED = 3
 BATCH = 64
@@ -36,10 +37,10 @@ def one_device(digits):
         model = ConvNet(widths=(4, 6), dtype=jnp.float64)
         # Without a warmup the first step moves the parameters.
         tx = optimizer(0.2, 9)
-        start = create_state(model, digits.train_images[:1], tx, 0, jnp.float64)
-        state, results, step = start, [], jax.jit(train_step)
+        start = initial_state(model, digits.train_images[:1], tx, Config(dtype="float64"))
+        state, results = start, []
         for batch in batches(digits):
-            state, metrics = step(state, *batch)
+            state, metrics = train_step(state, *batch)
             results.append((state, metrics))
     return model, start, results
 
@@ -173,5 +174,5 @@ def test_interrupt(processes, tmp_path, monkeypatch, capsys):
         command.main([f"--processes={processes}", "--devices=1", "--out", str(tmp_path)])
     assert exit_info.value.code == 130
     assert capsys.readouterr().err == (
-        f"stopped; --resume --out {tmp_path} goes on after the last whole epoch.\n"
+        f"stopped; --resume --out {tmp_path} continues after the last complete epoch.\n"
     )

@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 import pytest
 
+from train_examples.common.errors import UserError
+from train_examples.common.training import fit, network
 from train_examples.data_parallel import launch
 from train_examples.data_parallel.batches import data_mesh
 from train_examples.data_parallel.compare import distance
 from train_examples.data_parallel.config import parse_args
 from train_examples.data_parallel.train import Result, train
-from train_examples.digits.config import UserError
-from train_examples.digits.train import ONE_DEVICE, fit, network
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 3
@@ -33,9 +33,12 @@ LIMIT = 120
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiles_fast():
-    """Most of a short run's time is the compiler's: here, and in processes."""
+def compiles_fast(tmp_path_factory):
+    """Most of a short run's time is the compiler's: here, and in processes, which share a cache."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         patch.setenv("JAX_PLATFORMS", "cpu")
         before = jax.config.read("jax_disable_most_optimizations")
@@ -49,7 +52,7 @@ def one_device(tmp_path_factory, compiles_fast):
     out = tmp_path_factory.mktemp("one_device")
     config = parse_args([*OPTIONS, f"--out={out}"])
     with jax.enable_x64(True):
-        state, history, _ = fit(network(config), config, ONE_DEVICE)
+        state, history, _ = fit(network(config), config)
     return Result(state, history, data_mesh(1))
 
 
@@ -95,8 +98,8 @@ def test_host_that_is_killed(one_device, tmp_path):
     assert hosts[1].returncode == 1
     assert printed.splitlines()[-1] == (
         f"error: process 1 of 2 cannot go on: another process is gone, does not answer, or has "
-        f"not started within 120 seconds. Start them all again: --resume --out {tmp_path} goes on "
-        f"after the last whole epoch."
+        f"not started within 120 seconds. Start them all again: --resume --out {tmp_path} "
+        f"continues after the last complete epoch."
     )
     # Whole epochs of the run are there, and it goes on from them elsewhere and otherwise.
     assert_same_run(resume(tmp_path, "--devices=3", "--mode=shard_map"), one_device)
@@ -130,7 +133,7 @@ def test_process_that_is_killed(one_device, monkeypatch, tmp_path):
     assert workers[1].returncode == -signal.SIGKILL
     assert exit_info.value.code == (
         f"error: process 1 of 2 was killed by SIGKILL, and the others cannot go on without it. "
-        f"Start them all again: --resume --out {tmp_path} goes on after the last whole epoch."
+        f"Start them all again: --resume --out {tmp_path} continues after the last complete epoch."
     )
     monkeypatch.undo()
 

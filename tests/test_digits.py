@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from train_examples.common.config import Config
+from train_examples.common.data import digits
+from train_examples.common.errors import UserError
+from train_examples.common.training import correct, evaluate
 from train_examples.digits import __main__ as command
-from train_examples.digits.config import Config, UserError, parse_args
-from train_examples.digits.data import digits
-from train_examples.digits.train import correct, evaluate, train
+from train_examples.digits.__main__ import parse_args
+from train_examples.digits.run import train
 
 EPOCHS = 4
 
@@ -129,9 +132,9 @@ def test_resume_refuses_other_options(run, option, stored, given):
     with pytest.raises(SystemExit) as exit_info:
         command.main(argv)
     assert str(exit_info.value) == (
-        f"error: --resume needs the options that the run in {out} began with, as the data order "
-        f"and the learning rate's schedule follow from them: {option} is {given}, the checkpoint "
-        f"has {stored}."
+        f"error: --resume needs the options that the run in {out} began with, since they determine "
+        f"the order of the data and the learning rate: {option} is {given}, the checkpoint has "
+        f"{stored}."
     )
 
 
@@ -140,8 +143,8 @@ def test_resume_without_a_checkpoint(tmp_path):
         with pytest.raises(SystemExit) as exit_info:
             command.main(["--out", str(out), "--resume"])
         assert str(exit_info.value) == (
-            f"error: --resume: there is no checkpoint in {out}; name the folder of the run to go "
-            f"on with by --out, or start a new run without --resume."
+            f"error: --resume: there is no checkpoint in {out}; name the folder of the run to "
+            f"continue by --out, or start a new run without --resume."
         )
         assert not (out / "checkpoints").exists()
 
@@ -152,7 +155,7 @@ def test_new_run_keeps_old_checkpoints(run):
     with pytest.raises(SystemExit) as exit_info:
         command.main(["--out", str(out)])
     assert str(exit_info.value) == (
-        f"error: --out {out} has checkpoints of an earlier run: go on with it by --resume, or name "
+        f"error: --out {out} has checkpoints of an earlier run: continue it by --resume, or name "
         f"another folder."
     )
     assert sorted(out.rglob("*")) == before
@@ -169,7 +172,7 @@ def test_new_run_keeps_old_checkpoints(run):
         (["--dataset", "mnist"], "--dataset mnist needs --data-dir, the folder of its files."),
         (
             ["--data-dir", "x"],
-            "--data-dir x is for --dataset mnist or cifar10: scikit-learn brings the digits along.",
+            "--data-dir x is for --dataset mnist or cifar10: the digits come with scikit-learn.",
         ),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.file_outcome import outcome
-from train_examples.digits import cifar10, data
-from train_examples.digits.config import UserError
+from train_examples.common import cifar10, data
+from train_examples.common.errors import UserError
 
 CIFAR_IMAGES = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
 

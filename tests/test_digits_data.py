@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.file_outcome import outcome
-from train_examples.digits import data, mnist
-from train_examples.digits.config import UserError
+from train_examples.common import data, mnist
+from train_examples.common.errors import UserError
 
 RNG = np.random.default_rng(0)
 MNIST_IMAGES = RNG.integers(0, 256, (7, 28, 28), np.uint8)

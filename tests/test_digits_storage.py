@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train_examples.common import checkpoint, storage
+from train_examples.common.config import Config
+from train_examples.common.errors import UserError
+from train_examples.common.history import History
 from train_examples.digits import __main__ as command
-from train_examples.digits import checkpoint, storage
-from train_examples.digits.config import Config, UserError
-from train_examples.digits.history import History
-from train_examples.digits.train import Result
+from train_examples.digits.run import Result
 
 
 def test_a_second_run_in_the_folder_of_a_first_is_refused(tmp_path):
@@ -22,7 +23,7 @@ def test_a_second_run_in_the_folder_of_a_first_is_refused(tmp_path):
         with pytest.raises(SystemExit) as exit_info:
             command.main(["--out", str(tmp_path)])
         assert exit_info.value.code == (
-            f"error: --out {tmp_path}: another run is writing there; wait for its end, or name "
+            f"error: --out {tmp_path}: another run is writing there; wait until it ends, or name "
             f"another folder."
         )
         # The first one is not disturbed.
@@ -57,7 +58,7 @@ def test_a_checkpoint_that_the_disk_does_not_take(tmp_path, caplog):
             checkpoint.save(manager, 2, state, History(test_accuracy=[0.5, 0.6]), config)
     assert str(error.value) == (
         f"--out {tmp_path}: the checkpoint of epoch 2 cannot be written there (File too large). "
-        f"Mend that, or name another folder; what was written before is still whole."
+        f"Fix that, or name another folder; what was written before is intact."
     )
     assert caplog.records == []
     config = replace(config, resume=True)
@@ -78,8 +79,8 @@ def test_reasons_of_the_system():
         with pytest.raises(UserError) as caught, storage.writing("pictures", Path("out")):
             raise error
         assert str(caught.value) == (
-            f"--out out: pictures cannot be written there ({reason}). Mend that, or name another "
-            f"folder; what was written before is still whole."
+            f"--out out: pictures cannot be written there ({reason}). Fix that, or name another "
+            f"folder; what was written before is intact."
         )
     # Anything else is a mistake of the program, or of another process.
     with pytest.raises(ValueError, match="Gloo"), storage.writing("pictures", Path("out")):
@@ -96,10 +97,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, out, reason, resume):
         command.main(["--out", str(tmp_path / out), *resume])
     assert exit_info.value.code == (
         f"error: --resume: there is no checkpoint in {tmp_path / out}; name the folder of the run "
-        f"to go on with by --out, or start a new run without --resume."
+        f"to continue by --out, or start a new run without --resume."
         if resume
-        else f"error: --out {tmp_path / out}: checkpoints cannot be written there ({reason}). Mend "
-        f"that, or name another folder; what was written before is still whole."
+        else f"error: --out {tmp_path / out}: checkpoints cannot be written there ({reason}). Fix "
+        f"that, or name another folder; what was written before is intact."
     )
 
 
@@ -113,6 +114,6 @@ def test_pictures_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit_info:
         command.main(["--out", str(tmp_path)])
     assert exit_info.value.code == (
-        f"error: --out {tmp_path}: pictures cannot be written there (Is a directory). Mend that, "
-        f"or name another folder; what was written before is still whole."
+        f"error: --out {tmp_path}: pictures cannot be written there (Is a directory). Fix that, "
+        f"or name another folder; what was written before is intact."
     )

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train_examples.digits.config import Config
-from train_examples.digits.data import digits
-from train_examples.digits.train import network, train
+from train_examples.common.config import Config
+from train_examples.common.data import digits
+from train_examples.common.training import fit, network
 from train_examples.fold import __main__ as command
 from train_examples.fold.compare import compare
 
@@ -39,7 +39,7 @@ def printed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def variables(printed):
     _, _, config = printed
-    state = train(config).state
+    state, _, _ = fit(network(config), config)
     return jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
 
 

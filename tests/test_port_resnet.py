@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from train_examples.digits.config import UserError
-from train_examples.extras import needs_extra
+from train_examples.common.errors import UserError, needs_extra
 from train_examples.port_resnet import command, deploy, flax_model, torch_model
 from train_examples.port_resnet.__main__ import main
 from train_examples.port_resnet.compare import (

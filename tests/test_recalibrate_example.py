@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train_examples.digits.data import digits
-from train_examples.digits.train import ONE_DEVICE
+from train_examples.common.data import digits
+from train_examples.common.training import ONE_DEVICE
 from train_examples.recalibrate import __main__ as command
 from train_examples.recalibrate import compare
 

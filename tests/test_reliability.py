@@ -1,6 +1,7 @@
 """Runs that are killed, checkpoints that are damaged: nothing is lost, and nothing goes unsaid."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -8,17 +9,22 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+from train_examples.common import checkpoint
+from train_examples.common.config import Config
+from train_examples.common.errors import UserError
+from train_examples.common.training import ONE_DEVICE, fit
 from train_examples.digits import __main__ as command
-from train_examples.digits import checkpoint
-from train_examples.digits import train as training
-from train_examples.digits.config import Config, UserError
-from train_examples.digits.train import ONE_DEVICE, train
+from train_examples.digits import run
+from train_examples.digits.run import train
+from train_examples.digits.train import train_step
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 5
@@ -33,7 +39,29 @@ def restored(out):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def compiled_once(tmp_path_factory):
+    """A cache that this process and others, in the environment returned, share.
+
+    Most of a short run's time is the compiler's.
+    """
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    compilation_cache.reset_cache()
+    for name, value in options.items():
+        jax.config.update(name, value)
+    environment = {name.upper(): str(value) for name, value in options.items()}
+    yield {**environment, "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, compiled_once):
     """A run that nothing disturbs."""
     config = replace(CONFIG, out=tmp_path_factory.mktemp("whole"))
     return train(config), config
@@ -48,7 +76,7 @@ def assert_same(result, wanted):
     assert result.history == wanted.history
 
 
-def test_a_run_killed_at_random_moments_ends_bit_identical(whole, tmp_path):
+def test_a_run_killed_at_random_moments_ends_bit_identical(whole, compiled_once, tmp_path):
     wanted, _ = whole
     out = tmp_path / "killed"
     command = [
@@ -64,6 +92,7 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(whole, tmp_path):
         process = subprocess.Popen(
             [*command, *resume],
             cwd=ROOT,
+            env={**os.environ, **compiled_once},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -127,7 +156,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     state, history = restored_with(replace(config, out=out), wanted)
     error = capsys.readouterr().err
     assert f"the checkpoint of epoch {EPOCHS} in {out} is damaged (" in error
-    assert error.rstrip().endswith(f"going on from that of epoch {EPOCHS - 1}.")
+    assert error.rstrip().endswith(f"continuing from that of epoch {EPOCHS - 1}.")
     assert_is_before_the_last(state, history, wanted)
 
 
@@ -160,18 +189,18 @@ EDITS = {
         shutil.copytree(folder.with_name(str(EPOCHS - 1)), folder),
     ),
 }
-NOTES = "its history or options are not those that were written"
+NOTES = "its history or options have changed since they were written"
 REASONS = {
     "history": NOTES,
     "renamed key": NOTES,
     "options": NOTES,
-    "checksum": "its numbers are not those that were written",
+    "checksum": "its arrays have changed since they were written",
     "history gone": (
         '\'Item "history" was not found in the checkpoint. Available items: '
         "[\\'options\\', \\'state\\', \\'checksums\\']'"
     ),
     "history empty": NOTES,
-    "another epoch's": f"it is that of epoch {EPOCHS - 1}",
+    "another epoch's": f"it holds epoch {EPOCHS - 1}",
 }
 
 
@@ -182,8 +211,8 @@ def test_what_changed_on_the_disk_is_noticed(whole, tmp_path, capsys, part):
     EDITS[part](config.out / "checkpoints" / str(EPOCHS))
     state, history = restored_with(config, wanted)
     assert capsys.readouterr().err == (
-        f"the checkpoint of epoch {EPOCHS} in {config.out} is damaged ({REASONS[part]}); going on "
-        f"from that of epoch {EPOCHS - 1}.\n"
+        f"the checkpoint of epoch {EPOCHS} in {config.out} is damaged ({REASONS[part]}); "
+        f"continuing from that of epoch {EPOCHS - 1}.\n"
     )
     assert_is_before_the_last(state, history, wanted)
     # It is removed, so that it can be written anew.
@@ -200,7 +229,7 @@ def test_where_no_checkpoint_is_whole_the_error_says_so(whole, tmp_path):
     with pytest.raises(UserError) as caught:
         restored_with(replace(config, out=out), wanted)
     text = str(caught.value)
-    assert text.startswith(f"--resume: no checkpoint in {out} is whole (that of epoch {EPOCHS}: ")
+    assert text.startswith(f"--resume: no checkpoint in {out} is intact (that of epoch {EPOCHS}: ")
     assert text.endswith("Start a new run in another folder.")
     assert sorted((out / "checkpoints").rglob("*")) == before  # nothing is removed
 
@@ -228,15 +257,15 @@ def test_a_run_that_is_interrupted(whole, tmp_path, monkeypatch, capsys):
     def step(state, images, labels):
         if int(state.step) == last:
             raise KeyboardInterrupt
-        return ONE_DEVICE.step(state, images, labels)
+        return train_step(state, images, labels)
 
-    monkeypatch.setattr(training, "ONE_DEVICE", ONE_DEVICE._replace(step=step))
+    monkeypatch.setattr(run, "fit", partial(fit, backend=ONE_DEVICE._replace(step=step)))
     options = ["--epochs", str(EPOCHS), "--batch-size", str(config.batch_size)]
     with pytest.raises(SystemExit) as exit_info:
         command.main([*options, "--out", str(tmp_path)])
     assert exit_info.value.code == 130
     assert capsys.readouterr().err == (
-        "stopped; the same command with --resume goes on after the last whole epoch.\n"
+        "stopped; the same command with --resume continues after the last complete epoch.\n"
     )
     monkeypatch.undo()
     assert_same(restored(tmp_path), wanted)
@@ -251,5 +280,5 @@ def test_a_run_that_is_interrupted_before_its_first_checkpoint(tmp_path, monkeyp
         command.main(["--out", str(tmp_path)])
     assert exit_info.value.code == 130
     assert capsys.readouterr().err == (
-        "stopped; no epoch was whole yet, so start the same command again.\n"
+        "stopped; no epoch was complete yet, so start the same command again.\n"
     )

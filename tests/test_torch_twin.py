@@ -11,8 +11,8 @@ import pytest
 import torch
 from matplotlib import image
 
-from train_examples.digits import data
-from train_examples.digits import model as flax_model
+from train_examples.common import data
+from train_examples.common import model as flax_model
 from train_examples.torch_twin import command, report, torch_model
 from train_examples.torch_twin import lockstep as twin
 from train_examples.torch_twin.__main__ import main

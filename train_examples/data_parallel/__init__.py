@@ -1,1 +1,1 @@
-"""The digits example on many devices, and in many processes."""
+"""The digits example on many devices and in many processes."""

@@ -1,32 +1,27 @@
-"""The command: trains in this process, or launches the processes that do."""
+"""The command: train in this process, or launch the processes that train."""
 
 import sys
 from collections.abc import Sequence
 
-from train_examples.data_parallel.config import parse_args
+from train_examples.common.errors import run_command
+from train_examples.data_parallel.config import how_to_resume, parse_args
 from train_examples.data_parallel.launch import launch
-from train_examples.digits.config import INTERRUPTED, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line `argv`."""
+    """Run the command line `argv`."""
     config = parse_args(argv)
-    try:
+
+    def run() -> None:
         if config.processes > 1:
             launch(sys.argv[1:] if argv is None else argv, config)
         else:
-            # The launcher does without: it takes seconds, and memory.
-            from train_examples.data_parallel.train import run
+            # Imported here, since the launcher does not need it: it takes seconds, and memory.
+            from train_examples.data_parallel import train
 
-            run(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(
-            f"stopped; --resume --out {config.out} goes on after the last whole epoch.",
-            file=sys.stderr,
-        )
-        sys.exit(INTERRUPTED)
+            train.run(config)
+
+    run_command(run, lambda: how_to_resume(config))
 
 
 if __name__ == "__main__":

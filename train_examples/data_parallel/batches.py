@@ -1,4 +1,4 @@
-"""Arrays from the host's memory, spread over a mesh of devices."""
+"""Placing arrays from the host's memory on a mesh of devices."""
 
 from typing import Any, NamedTuple
 
@@ -8,13 +8,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from train_examples.digits.config import UserError
+from train_examples.common.errors import UserError
 
 AXIS = "data"
 
 
 class Batch(NamedTuple):
-    """Images, their labels, and a mask that is False over padding."""
+    """Images, their labels, and a mask that is False for padding."""
 
     images: ArrayLike
     labels: ArrayLike
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """A mesh of one axis: the first `devices` of each process, in the processes' order."""
+    """Return a mesh with one axis: the first `devices` of each process, in order of processes."""
     has = jax.local_device_count()
     if devices is not None and devices > has:
         raise UserError(
@@ -39,7 +39,7 @@ def data_mesh(devices: int | None = None) -> Mesh:
 
 
 def padded(batch: Batch, multiple: int) -> Batch:
-    """`batch` with rows that do not count, so that its length is a multiple of a number."""
+    """Return `batch` with masked-out rows at its end, so that `multiple` divides its length."""
     missing = -len(np.asarray(batch.mask)) % multiple
 
     def pad(rows: ArrayLike) -> np.ndarray:
@@ -50,20 +50,20 @@ def padded(batch: Batch, multiple: int) -> Batch:
 
 
 def spread(batch: Batch, mesh: Mesh) -> Batch:
-    """`batch`, padded, with an equal share of its rows on each device.
+    """Return `batch`, padded, with an equal share of its rows on each device.
 
-    Every process has the whole batch, and puts its own rows alone on its devices.
+    Every process has the whole batch, and puts only its own rows on its devices.
     """
     return put(padded(batch, mesh.size), NamedSharding(mesh, P(AXIS)))
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
-    """`tree`, whole, on every device."""
+    """Return `tree` with a whole copy on every device."""
     return put(tree, NamedSharding(mesh, P()))
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-    """The arrays of `tree`, which every process has alike, as arrays over all processes."""
+    """Return `tree`, which is the same in every process, as arrays that span all processes."""
 
     def put_leaf(leaf: ArrayLike) -> jax.Array:
         leaf = np.asarray(leaf)

@@ -1,4 +1,4 @@
-"""The command: how far runs on many devices end from the run on one, as a table in Markdown."""
+"""The command: print how far runs on many devices end from the run on one, in Markdown."""
 
 import argparse
 import contextlib
@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from train_examples.common.training import ONE_DEVICE, fit, network
 from train_examples.data_parallel.config import MODES, Config
 from train_examples.data_parallel.train import train
-from train_examples.digits.train import ONE_DEVICE, Metrics, TrainState, fit, network
+from train_examples.digits.train import Metrics, TrainState
 
 DTYPES = ("float64", "float32")
 # The usual batch of 64 images splits evenly over 8, and needs padding on 7.
@@ -24,7 +25,7 @@ PROCESSES = 2
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train_examples.data_parallel.compare", description=__doc__
     )
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def runs(config: Config) -> Iterator[tuple[str, Callable[[Config], TrainState], Config]]:
-    """What is compared with one device: names, functions that run it, and options."""
+    """Yield the name, the function and the options of each run to compare with one device."""
     for mode in MODES:
         for devices in DEVICES:
             yield f"`{mode}`", many_devices, replace(config, mode=mode, devices=devices)
@@ -53,13 +54,13 @@ def runs(config: Config) -> Iterator[tuple[str, Callable[[Config], TrainState], 
 
 
 def one_device(config: Config, step: Callable[..., Any] = ONE_DEVICE.step) -> TrainState:
-    """The final state of the digits example."""
+    """Return the final state of the digits example on one device."""
     with temporary(config) as config, jax.enable_x64(config.dtype == "float64"):
         return fit(network(config), config, ONE_DEVICE._replace(step=step))[0]
 
 
 def one_device_in_reverse(config: Config) -> TrainState:
-    """As `one_device`, but for rounding: how far that alone takes a run."""
+    """Return the same, but for rounding: the sums over each batch have another order."""
 
     def step(
         state: TrainState, images: np.ndarray, labels: np.ndarray
@@ -70,36 +71,36 @@ def one_device_in_reverse(config: Config) -> TrainState:
 
 
 def many_devices(config: Config) -> TrainState:
-    """The final state of a run, which is the command's where it has several processes."""
+    """Return the final state of a run; one in several processes is run by the command."""
     with temporary(config) as config:
         if config.processes > 1:
             options = ("epochs", "dtype", "mode", "devices", "processes", "out")
             argv = [f"--{name}={getattr(config, name)}" for name in options]
             command = [sys.executable, "-m", "train_examples.data_parallel", *argv]
             subprocess.run(command, check=True, stdout=sys.stderr)
-            # To resume a run that is complete is to read its final state.
+            # Resuming a run that is complete reads its final state.
             config = replace(config, processes=1, resume=True)
         return train(config).state
 
 
 @contextlib.contextmanager
 def temporary(config: Config) -> Iterator[Config]:
-    """`config` with a folder that goes away, and only the table on standard output."""
+    """Yield `config` with a temporary folder, and keep standard output for the table."""
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         yield replace(config, out=Path(out))
 
 
 def distance(state: TrainState, wanted: TrainState) -> float:
-    """The largest difference in any parameter or moving average of two states.
+    """Return the largest difference between the parameters and moving averages of two states.
 
-    Of each array, relative to its largest value.
+    The difference of each array is relative to its largest value.
     """
 
     def arrays(state: TrainState) -> list[Any]:
         return [np.asarray(a) for a in jax.tree.leaves((state.params, state.batch_stats))]
 
     pairs = zip(arrays(state), arrays(wanted), strict=True)
-    # NumPy's maximum: Python's passes over NaN.
+    # NumPy's maximum is NaN if any value is; Python's may not be.
     return float(np.max([np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in pairs]))
 
 

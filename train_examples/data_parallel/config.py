@@ -1,4 +1,4 @@
-"""The options of a run on many devices, and what is wrong with them."""
+"""The options of a run on many devices, and the check of their values."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_examples.digits import config as one_device
-from train_examples.digits.config import UserError, add_options, parse
+from train_examples.common import config as one_device
+from train_examples.common.config import add_options, check, parse
+from train_examples.common.errors import UserError
 
 MODES = ("shard_map", "pmap", "jit")
 OUT = Path("out/data_parallel")
@@ -15,7 +16,7 @@ OUT = Path("out/data_parallel")
 
 @dataclass(frozen=True)
 class Config(one_device.Config):
-    """The options of the digits example, and what the run is spread over."""
+    """The options of the digits example, and the devices and processes of the run."""
 
     out: Path = OUT
     mode: str = "shard_map"
@@ -26,12 +27,10 @@ class Config(one_device.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in MODES:
-            raise UserError(f"--mode must be one of {', '.join(MODES)}, got {self.mode}.")
-        if self.devices is not None and self.devices < 1:
-            raise UserError(f"--devices must be at least 1, got {self.devices}.")
-        if self.processes < 1:
-            raise UserError(f"--processes must be at least 1, got {self.processes}.")
+        check(self.mode in MODES, "--mode", f"one of {', '.join(MODES)}", self.mode)
+        enough = self.devices is None or self.devices >= 1
+        check(enough, "--devices", "at least 1", self.devices)
+        check(self.processes >= 1, "--processes", "at least 1", self.processes)
         if (self.coordinator is None) != (self.process_id is None):
             raise UserError(
                 "--coordinator and --process-id go together: the address where process 0 listens, "
@@ -51,13 +50,18 @@ class Config(one_device.Config):
             )
 
     def decisive(self) -> dict[str, Any]:
-        """As for one device: what the run is spread over changes nothing but rounding."""
+        """Return the same as for one device: devices and processes change nothing but rounding."""
         spread = {"mode", "devices", "processes", "coordinator", "process_id"}
         return {k: v for k, v in super().decisive().items() if k not in spread}
 
 
+def how_to_resume(config: Config) -> str:
+    """Return what to tell the user after a run has stopped or failed."""
+    return f"--resume --out {config.out} continues after the last complete epoch."
+
+
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """The configuration that a command line asks for; exits with a message where it is wrong."""
+    """Return the configuration of a command line; exit with a message where it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m train_examples.data_parallel",
         description="Trains the network of train_examples.digits on many devices.",
@@ -66,7 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     add = parser.add_argument
     add("--mode", choices=MODES, default=Config.mode, help="how JAX maps the step over devices")
     add("--processes", type=int, default=Config.processes, help="in the whole run")
-    # Without a default that is worth printing.
+    # A default of None would only clutter the help.
     unset = argparse.SUPPRESS
     add("--devices", type=int, default=unset, help="of each process; by default, all it has")
     add("--coordinator", default=unset, metavar="HOST:PORT", help="where process 0 listens")

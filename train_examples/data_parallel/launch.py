@@ -1,4 +1,4 @@
-"""Starts processes of a run, and watches them: when one fails, all end, with one clear error."""
+"""Start the processes of a run and watch them: when one fails, end all, with one clear error."""
 
 import os
 import signal
@@ -8,20 +8,24 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
-from train_examples.data_parallel.config import Config
+from train_examples.common.errors import UserError
+from train_examples.data_parallel.config import Config, how_to_resume
 from train_examples.data_parallel.processes import EXPLAINED, JOIN, LOST
-from train_examples.digits.config import UserError
 
 POLL = 0.1
-# Seconds that a process has to end once its launcher lets go of it.
+# Seconds that a process has to end after its launcher has closed its standard input.
 GRACE = 10
 
 
 def launch(argv: Sequence[str], config: Config) -> None:
-    """Runs the processes of `config` that belong here, given its command line: one, or all.
+    """Run the processes of `config` on this machine: one if it has a `process_id`, or else all.
 
-    On a machine of several, one of them runs here: the launcher is there for the error that a
-    process cannot print, as JAX's runtime ends it where the coordinator is lost.
+    One process has a launcher too. When the coordinator is lost, JAX's runtime aborts the process,
+    and only the launcher can print an error.
+
+    Args:
+      argv: the command line that `config` came from.
+      config: the options.
     """
     if config.process_id == 0:
         check_port(str(config.coordinator))
@@ -30,11 +34,11 @@ def launch(argv: Sequence[str], config: Config) -> None:
     else:
         ids = list(range(config.processes))
         options = ["--coordinator", f"localhost:{free_port()}"]
-        # They would all ask for the same GPU.
+        # On GPUs, every process would ask for the same ones.
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "train_examples.data_parallel.worker", *argv, *options]
     workers = {
-        # In a session of its own, as Ctrl-C is for the launcher.
+        # In a session of its own, so that only the launcher gets Ctrl-C.
         k: subprocess.Popen(
             [*command, "--process-id", str(k)],
             stdin=subprocess.PIPE,
@@ -55,12 +59,12 @@ def launch(argv: Sequence[str], config: Config) -> None:
 
 
 def first_failure(workers: dict[int, subprocess.Popen]) -> int | None:
-    """Waits for the end of all, or of one that fails, and returns the number of that one."""
+    """Wait until all processes have ended or one has failed, and return its number."""
     while True:
         statuses = {k: worker.poll() for k, worker in workers.items()}
         failed = [k for k, status in statuses.items() if status not in (None, 0)]
         if failed:
-            # Rather the one that was killed than those that failed without it.
+            # If one was killed, the others failed because of it: report the one that was killed.
             return min(failed, key=lambda k: (is_consequence(workers[k]), workers[k].returncode))
         if None not in statuses.values():
             return None
@@ -68,14 +72,15 @@ def first_failure(workers: dict[int, subprocess.Popen]) -> int | None:
 
 
 def is_consequence(worker: subprocess.Popen) -> bool:
-    """Whether a process ended as another one is gone: by itself, or by JAX's runtime."""
+    """Return whether a process ended because another one is gone."""
+    # By itself, or aborted by JAX's runtime.
     return worker.returncode in (LOST, -signal.SIGABRT)
 
 
 def end(workers: Iterable[subprocess.Popen]) -> None:
-    """Ends the processes that still run, in bounded time."""
+    """End the processes that are still running, in bounded time."""
     for worker in workers:
-        # It ends by that: see `end_with_launcher`. JAX has another use for SIGTERM.
+        # This ends it, see `end_with_launcher`. SIGTERM would not: JAX handles it.
         assert worker.stdin is not None
         worker.stdin.close()
     deadline = time.monotonic() + GRACE
@@ -88,7 +93,7 @@ def end(workers: Iterable[subprocess.Popen]) -> None:
 
 
 def explanation(process: int, worker: subprocess.Popen, config: Config) -> str:
-    """What to tell of a process that failed."""
+    """Return what to tell the user about a process that failed."""
     if is_consequence(worker):
         what = (
             f"cannot go on: another process is gone, does not answer, or has not started within "
@@ -100,13 +105,13 @@ def explanation(process: int, worker: subprocess.Popen, config: Config) -> str:
     else:
         what = f"failed with status {worker.returncode}, and the others cannot go on without it."
     return (
-        f"error: process {process} of {config.processes} {what} Start them all again: --resume "
-        f"--out {config.out} goes on after the last whole epoch."
+        f"error: process {process} of {config.processes} {what} Start them all again: "
+        f"{how_to_resume(config)}"
     )
 
 
 def check_port(coordinator: str) -> None:
-    """Refuses the address of a coordinator where something else listens."""
+    """Raise a `UserError` if the coordinator cannot listen at its port."""
     try:
         socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     except OSError as error:
@@ -118,7 +123,7 @@ def check_port(coordinator: str) -> None:
 
 
 def free_port() -> int:
-    """A port where nothing listens."""
+    """Return a port where nothing listens."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]

@@ -1,7 +1,7 @@
-"""The training step on many devices, in JAX's three ways of mapping it over them.
+"""The training step on many devices, by each of JAX's three ways to map it over them.
 
-Each takes a replicated state and a batch that is spread over a mesh, and gives what one device
-would give with the whole batch.
+Each step takes a replicated state and a batch that is spread over a mesh, and returns what one
+device would return for the whole batch.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train_examples.common.model import ConvNet
+from train_examples.common.training import Tree, forward
 from train_examples.data_parallel.batches import AXIS, Batch
-from train_examples.digits.model import ConvNet
-from train_examples.digits.train import Metrics, TrainState, Tree, forward
+from train_examples.digits.train import Metrics, TrainState
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Total = Callable[[Any], Any]
@@ -26,18 +27,21 @@ Total = Callable[[Any], Any]
 def train_step(
     state: TrainState, batch: Batch, apply_fn: Any, total: Total, total_gradient: Total
 ) -> tuple[TrainState, Metrics]:
-    """One device's part of a step of the optimizer.
+    """Compute one device's part of a step of the optimizer.
 
-    Devices may hold unequal numbers of images that count. So each divides its sum of losses by the
-    number on all devices, and the gradient is the sum of theirs; the mean of the devices' means
-    would be another number.
+    Devices may hold unequal numbers of images that count. So each device divides its sum of losses
+    by the number on all devices, and the gradients are summed; the mean of the devices' means would
+    be another number.
 
     Args:
       state: the state, the same on every device.
       batch: this device's share of the batch.
       apply_fn: applies the network. Its normalizations share their statistics between devices.
       total: sums over devices.
-      total_gradient: sums gradients over devices, where JAX does not do that by itself.
+      total_gradient: sums gradients over devices, if JAX does not do that by itself.
+
+    Returns:
+      The next state and the metrics of the whole batch, the same on every device.
     """
     mask = jnp.asarray(batch.mask)
     count = total(jnp.sum(mask))
@@ -57,19 +61,19 @@ def train_step(
 
 
 def by_shard_map(model: ConvNet, mesh: Mesh) -> Step:
-    """`shard_map`: each device's part, with collectives by the axis's name."""
+    """Map the step by `shard_map`, with collectives over the named axis."""
     each = partial(
         train_step,
         apply_fn=named(model).apply,
         total=partial(lax.psum, axis_name=AXIS),
-        # The parameters are known to be replicated, so the transpose sums their gradients.
+        # `shard_map` knows that the parameters are replicated, and sums their gradients.
         total_gradient=unchanged,
     )
     return jax.jit(jax.shard_map(each, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P()))
 
 
 def by_pmap(model: ConvNet, mesh: Mesh) -> Step:
-    """`pmap`: as `shard_map`, but of a process's own devices, and gradients are summed by hand."""
+    """Map the step by `pmap` over a process's own devices; gradients are summed by hand."""
     total = partial(lax.psum, axis_name=AXIS)
     each = jax.pmap(
         partial(train_step, apply_fn=named(model).apply, total=total, total_gradient=total),
@@ -81,7 +85,7 @@ def by_pmap(model: ConvNet, mesh: Mesh) -> Step:
     local_devices = mesh.local_mesh.size
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        # `pmap` takes and gives what lies on a process's own devices, in an axis of its own.
+        # `pmap` takes and returns arrays of this process alone, with an axis for its devices.
         state = multihost_utils.global_array_to_host_local_array(state, mesh, P())
         batch = multihost_utils.global_array_to_host_local_array(batch, mesh, P(AXIS))
         batch = jax.tree.map(lambda v: v.reshape(local_devices, -1, *v.shape[1:]), batch)
@@ -91,7 +95,7 @@ def by_pmap(model: ConvNet, mesh: Mesh) -> Step:
 
 
 def by_jit(model: ConvNet, mesh: Mesh) -> Step:
-    """`jit`: the program of one device; its compiler splits it as the batch is split."""
+    """Compile the program of one device by `jit`, which splits it as the batch is split."""
     whole = partial(train_step, apply_fn=model.apply, total=unchanged, total_gradient=unchanged)
     return jax.jit(whole, out_shardings=NamedSharding(mesh, P()))
 
@@ -104,9 +108,10 @@ STEPS: dict[str, Callable[[ConvNet, Mesh], Step]] = {
 
 
 def named(model: ConvNet) -> ConvNet:
-    """`model`, whose normalizations share their statistics over the mesh's axis."""
+    """Return `model` with normalizations that share statistics over the mesh's axis."""
     return model.clone(norm=partial(model.norm, axis_name=AXIS))
 
 
 def unchanged(value: Any) -> Any:
+    """Return `value`: the sum over devices where JAX computes it by itself."""
     return value

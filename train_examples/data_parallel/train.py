@@ -1,4 +1,4 @@
-"""A run on all devices: the loop of the digits example, over steps of many devices."""
+"""A run on many devices: the digits example's loop, with steps that many devices share."""
 
 from typing import NamedTuple
 
@@ -6,24 +6,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from train_examples.common.history import History
+from train_examples.common.model import ConvNet
+from train_examples.common.training import Backend, Statistics, correct, fit, network
 from train_examples.data_parallel.batches import Batch, data_mesh, replicated, spread
 from train_examples.data_parallel.config import Config
 from train_examples.data_parallel.steps import STEPS
-from train_examples.digits.history import History
-from train_examples.digits.model import ConvNet
-from train_examples.digits.train import (
-    Backend,
-    Metrics,
-    Statistics,
-    TrainState,
-    correct,
-    fit,
-    network,
-)
+from train_examples.digits.train import Metrics, TrainState
 
 
 class Result(NamedTuple):
-    """What a run ends with."""
+    """The final state of a run, its history, and the devices that it ran on."""
 
     state: TrainState
     history: History
@@ -31,7 +24,7 @@ class Result(NamedTuple):
 
 
 def train(config: Config, stop_after_epoch: int | None = None) -> Result:
-    """Trains a network as `config` says; `stop_after_epoch` leaves the rest to a resumed run."""
+    """Train a network; `stop_after_epoch` leaves the later epochs to a resumed run."""
     mesh = data_mesh(config.devices)
     with jax.enable_x64(config.dtype == "float64"):
         model = network(config)
@@ -41,9 +34,9 @@ def train(config: Config, stop_after_epoch: int | None = None) -> Result:
 
 
 def run(config: Config) -> None:
-    """Trains on the devices of this process and those it has joined, and prints how well."""
+    """Train on the devices of all processes of the run, and print the test accuracy."""
     if config.devices is not None:
-        # Devices of another kind are there, or not.
+        # The number of other devices is what the machine has.
         jax.config.update("jax_num_cpu_devices", config.devices)
     result = train(config)
     # Of several processes the first one reports.
@@ -55,7 +48,7 @@ def run(config: Config) -> None:
 
 
 def on_devices(model: ConvNet, mode: str, mesh: Mesh) -> Backend:
-    """Training and evaluation with every batch spread over the devices of `mesh`."""
+    """Return training and evaluation with every batch spread over the devices of `mesh`."""
     mapped = STEPS[mode](model, mesh)
 
     def step(

@@ -1,17 +1,17 @@
-"""One process of several: what the launcher starts."""
+"""The command that the launcher starts: one of several processes."""
 
 import os
 import sys
 import time
 
+from train_examples.common.errors import UserError
 from train_examples.data_parallel.config import parse_args
 from train_examples.data_parallel.processes import EXPLAINED, end_with_launcher, joined
 from train_examples.data_parallel.train import run
-from train_examples.digits.config import UserError
 
 
 def main() -> None:
-    """Runs the command line, which says which process of how many this is."""
+    """Run the command line, which says which process this is, and of how many."""
     end_with_launcher()
     config = parse_args()
     try:
@@ -19,7 +19,7 @@ def main() -> None:
             run(config)
     except UserError as error:
         print(f"process {config.process_id}: error: {error}", file=sys.stderr, flush=True)
-        # The others are mostly about to say the same. Then out, as in `joined`.
+        # Other processes mostly print the same error: let them. Then exit as `joined` does.
         time.sleep(1)
         os._exit(EXPLAINED)
 

@@ -1,28 +1,34 @@
 """The command: train, print a table of accuracies, write pictures."""
 
-import sys
+import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from train_examples.digits.checkpoint import has_checkpoint
-from train_examples.digits.config import INTERRUPTED, Config, UserError, parse_args
+from train_examples.common.checkpoint import how_to_resume
+from train_examples.common.config import Config, add_options, parse
+from train_examples.common.errors import run_command
+from train_examples.common.storage import writing
 from train_examples.digits.plots import write_pictures
-from train_examples.digits.storage import writing
-from train_examples.digits.train import Result, train
+from train_examples.digits.run import Result, train
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
     """Run the command line `argv`."""
     config = parse_args(argv)
-    try:
-        return run(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(f"stopped; {how_to_go_on(config)}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    return run_command(lambda: run(config), lambda: how_to_resume(config.out))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """Return the configuration of a command line; exit with a message where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train_examples.digits",
+        description="Trains a convolutional network with batch normalization to read digits.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_options(parser)
+    return parse(parser, Config, argv)
 
 
 def run(config: Config) -> Result:
@@ -35,13 +41,6 @@ def run(config: Config) -> Result:
     for path in paths:
         console.print(f"wrote {path}")
     return result
-
-
-def how_to_go_on(config: Config) -> str:
-    """Return what to do after a run was interrupted."""
-    if has_checkpoint(config.out):
-        return "the same command with --resume goes on after the last whole epoch."
-    return "no epoch was whole yet, so start the same command again."
 
 
 def accuracy_table(result: Result) -> Table:

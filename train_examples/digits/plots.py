@@ -7,15 +7,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train_examples.digits.history import CHANNELS, History, first_channels
-from train_examples.digits.train import Result
-
-# Colours that differ for colour-blind readers too (Okabe and Ito).
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+from train_examples.common.history import CHANNELS, History, first_channels
+from train_examples.common.plots import COLORS, tidy
+from train_examples.digits.run import Result
 
 
 def write_pictures(result: Result, out: Path) -> list[Path]:
-    """Writes loss.png, accuracy.png and moving_averages.png into a folder."""
+    """Write loss.png, accuracy.png and moving_averages.png into a folder; return their paths."""
     figures = {
         "loss.png": loss(result.history),
         "accuracy.png": accuracy(result.history),
@@ -27,13 +25,13 @@ def write_pictures(result: Result, out: Path) -> list[Path]:
 
 
 def loss(history: History) -> Figure:
-    """The loss of every step, and its mean over every epoch."""
+    """Draw the loss of every step, and its mean over every epoch."""
     figure, ax = _figure_and_axes()
     steps_per_epoch = len(history.loss) // len(history.test_accuracy)
     epochs = np.arange(1, len(history.loss) + 1) / steps_per_epoch
     means = np.reshape(history.loss, (-1, steps_per_epoch)).mean(1)
     ax.plot(epochs, history.loss, color=COLORS[0], alpha=0.35, linewidth=0.8, label="each batch")
-    # The mean belongs to the epoch's middle.
+    # The mean of an epoch is drawn at its middle.
     middles = np.arange(len(means)) + 0.5
     ax.plot(middles, means, ".-", color=COLORS[0], label="mean of an epoch")
     ax.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy", yscale="log")
@@ -42,7 +40,7 @@ def loss(history: History) -> Figure:
 
 
 def accuracy(history: History) -> Figure:
-    """Accuracy on the training batches as they come, and on the test set after each epoch."""
+    """Draw the accuracy on the training batches, and on the test set after each epoch."""
     figure, ax = _figure_and_axes()
     train = np.reshape(history.train_accuracy, (len(history.test_accuracy), -1)).mean(1)
     epochs = np.arange(1, len(train) + 1)
@@ -52,13 +50,13 @@ def accuracy(history: History) -> Figure:
     )
     for (values, label), color in zip(curves, COLORS, strict=False):
         ax.plot(epochs, 100 * np.asarray(values), ".-", color=color, label=label)
-    ax.set(title="Accuracy", xlabel="epoch", ylabel="images classified rightly (%)")
+    ax.set(title="Accuracy", xlabel="epoch", ylabel="images classified correctly (%)")
     ax.legend(frameon=False, loc="lower right")
     return figure
 
 
 def moving_averages(result: Result) -> Figure:
-    """How moving means and variances go towards the statistics of the training set."""
+    """Draw how moving means and variances approach the statistics of the training set."""
     history = result.history
     final = first_channels(result.training_statistics)
     layers = sorted({name.rsplit("/", 1)[0] for name in history.moving})
@@ -88,16 +86,11 @@ def _draw_moving(
     for channel, color in zip(range(len(final)), COLORS, strict=False):
         ax.plot(steps, [value[channel] for value in values], color=color, linewidth=1.2)
         ax.axhline(final[channel], color=color, linestyle="--", linewidth=0.9, alpha=0.7)
-    _restrain(ax)
+    tidy(ax)
 
 
 def _figure_and_axes() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     ax = figure.subplots()
-    _restrain(ax)
+    tidy(ax)
     return figure, ax
-
-
-def _restrain(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.6)

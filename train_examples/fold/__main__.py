@@ -1,37 +1,36 @@
-"""The command: trains or loads the network, folds it, prints a table of both."""
+"""The command: train or load the network, fold it, print a table of both."""
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import median_ratio
-from train_examples.digits.config import Config, UserError, add_options, parse
+from train_examples.common.checkpoint import how_to_resume
+from train_examples.common.config import Config, add_options, parse
+from train_examples.common.errors import run_command
+from train_examples.common.timing import median_ratio
 from train_examples.fold.compare import Comparison, run
 
 
 def main(argv: Sequence[str] | None = None) -> Comparison:
-    """Runs the command line `argv`."""
+    """Run the command line `argv`."""
     parser = argparse.ArgumentParser(
         prog="python -m train_examples.fold",
         description="Trains the digits network, or loads it by --resume, and folds it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_options(parser, out=Path("out/fold"))
-    try:
-        result = run(parse(parser, Config, argv))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    config = parse(parser, Config, argv)
+    result = run_command(lambda: run(config), lambda: how_to_resume(config.out))
     Console().print(comparison_table(result))
     return result
 
 
 def comparison_table(result: Comparison) -> Table:
-    """One row for what is measured, with a column for each network."""
+    """Return a table with a row for each measurement and a column for each network."""
     share = result.difference / result.largest
     table = Table(
         title=f"Logits differ by {result.difference:.1e} at most, {share:.1e} of the largest"

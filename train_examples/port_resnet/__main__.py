@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from train_examples.digits.config import UserError
-from train_examples.extras import needs_extra
+from train_examples.common.errors import UserError, needs_extra
 from train_examples.port_resnet.config import WeightsError, parse_args
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train_examples.digits.config import UserError
+from train_examples.common.errors import UserError
 from train_examples.port_resnet import deploy
 from train_examples.port_resnet.compare import Batch, Comparison, compare, distance, random_batch
 from train_examples.port_resnet.config import WIDTH, Config

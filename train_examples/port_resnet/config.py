@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_examples.digits.config import UserError
+from train_examples.common.errors import UserError
 
 WIDTH = 64
 

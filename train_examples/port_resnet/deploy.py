@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax import export
 
 from jaxbn.inference import fold_linen
-from train_examples.digits.config import UserError
+from train_examples.common.errors import UserError
 from train_examples.port_resnet.flax_model import ResNet18
 
 # From images to logits, compiled.

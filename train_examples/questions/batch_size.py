@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from rich.table import Table
 
-from train_examples.digits.model import ConvNet, pytorch_norm
-from train_examples.digits.train import TrainState, forward
+from train_examples.common.model import ConvNet, pytorch_norm
+from train_examples.common.training import forward
+from train_examples.digits.train import TrainState
 from train_examples.questions import common, drawing, noise
 from train_examples.questions.common import Settings, Verdict
 

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from train_examples.digits import data
-from train_examples.digits.data import Dataset
-from train_examples.digits.model import ConvNet, no_norm
+from train_examples.common import data
+from train_examples.common.data import Dataset
+from train_examples.common.model import ConvNet, no_norm
 from train_examples.digits.train import TrainState, train_step
 
 Tree = Any

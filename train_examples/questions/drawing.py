@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from train_examples.digits.plots import COLORS
+from train_examples.common.plots import COLORS
 
 MARKERS = ("o", "s", "^", "D")
 

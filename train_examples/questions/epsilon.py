@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxbn
-from train_examples.digits.model import ConvNet, pytorch_norm
+from train_examples.common.model import ConvNet, pytorch_norm
 from train_examples.questions import common, drawing
 from train_examples.questions.common import Settings, Verdict
 

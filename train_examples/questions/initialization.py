@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from rich.table import Table
 
-from train_examples.digits.model import ConvNet
-from train_examples.digits.train import TrainState, loss_fn
+from train_examples.common.model import ConvNet
+from train_examples.common.training import loss_fn
+from train_examples.digits.train import TrainState
 from train_examples.questions import common, drawing
 from train_examples.questions.common import Settings, Verdict
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from rich.table import Table
 
-from train_examples.digits.model import ConvNet
+from train_examples.common.model import ConvNet
 from train_examples.digits.train import TrainState
 from train_examples.questions import common, drawing
 from train_examples.questions.common import Settings, Verdict

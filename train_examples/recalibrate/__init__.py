@@ -1,1 +1,1 @@
-"""Statistics for weights that training never normalized with: averaged, or on other images."""
+"""New statistics for averaged weights and for other images, by `jaxbn.calibrate.recalibrate`."""

@@ -1,18 +1,18 @@
-"""The command: trains, averages, recalibrates, prints a table of the test set."""
+"""The command: train, average, recalibrate, print a table of scores on the test set."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from train_examples.digits.config import Config, UserError, parse
+from train_examples.common.config import Config, parse
+from train_examples.common.errors import run_command
 from train_examples.recalibrate.compare import Case, compare
 
 
 def main(argv: Sequence[str] | None = None) -> list[Case]:
-    """Runs the command line `argv`."""
+    """Run the command line `argv`."""
     parser = argparse.ArgumentParser(
         prog="python -m train_examples.recalibrate",
         description="Trains the digits network, and recalibrates it with averaged weights and on "
@@ -23,16 +23,14 @@ def main(argv: Sequence[str] | None = None) -> list[Case]:
     add("--epochs", type=int, default=Config.epochs, help="passes over the training set")
     add("--batch-size", type=int, default=Config.batch_size, help="images in a batch")
     add("--seed", type=int, default=Config.seed, help="of parameters, data order, augmentation")
-    try:
-        cases = compare(parse(parser, Config, argv))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    config = parse(parser, Config, argv)
+    cases = run_command(lambda: compare(config))
     Console().print(table(cases))
     return cases
 
 
 def table(cases: Sequence[Case]) -> Table:
-    """One row for what is measured on each network."""
+    """Return a table with two rows for each case: accuracy and cross-entropy."""
     result = Table(title="The test set, normalized by")
     result.add_column("")
     for statistics in ("running averages", "recalibrated"):

@@ -1,4 +1,4 @@
-"""Trains the digits network, averages its weights, changes its images, and measures each."""
+"""Train the digits network, average its weights, change its images, recalibrate, and measure."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,28 +12,27 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxbn import PYTORCH
 from jaxbn.calibrate import recalibrate
-from jaxbn.linen import BatchNorm
-from train_examples.digits.config import Config
-from train_examples.digits.data import Dataset, load
-from train_examples.digits.model import ConvNet
-from train_examples.digits.train import ONE_DEVICE, Metrics, TrainState, fit, network
+from train_examples.common.config import Config
+from train_examples.common.data import Dataset, load
+from train_examples.common.model import ConvNet
+from train_examples.common.training import ONE_DEVICE, fit, network
+from train_examples.digits.train import Metrics, TrainState
 
 Tree = Any
-# Scanned fainter, on grey paper.
+# As of a fainter scan on grey paper.
 CONTRAST, BRIGHTNESS = 0.3, 0.5
 
 
 class Scores(NamedTuple):
-    """On the test set: the share that is classified rightly, and the mean cross-entropy."""
+    """The share of test images that is classified correctly, and their mean cross-entropy."""
 
     accuracy: float
     loss: float
 
 
 class Case(NamedTuple):
-    """One network on one kind of images, by the statistics that normalize."""
+    """The scores of one network on one kind of images, with either statistics."""
 
     name: str
     running: Scores
@@ -41,7 +40,7 @@ class Case(NamedTuple):
 
 
 class AveragingStep:
-    """The training step, that also averages the parameters from the step `start` on (SWA)."""
+    """A train step that also averages the parameters after the step `start` (SWA)."""
 
     def __init__(self, start: int):
         self.start, self.averaged = start, 0
@@ -60,8 +59,11 @@ class AveragingStep:
 
 
 def compare(config: Config) -> list[Case]:
-    """Trains as `config` says, in a folder that is removed; averages the last half of the steps."""
-    model = network(config).clone(norm=partial(BatchNorm, **PYTORCH))
+    """Train as `config` says, average the second half of the steps, and score every case.
+
+    The run's checkpoints go to a temporary folder.
+    """
+    model = network(config)
     images = len(load(config.dataset, config.data_dir).train_images)
     step = AveragingStep(config.epochs * (images // config.batch_size) // 2)
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +80,7 @@ def compare(config: Config) -> list[Case]:
 
 
 def case(name: str, model: ConvNet, variables: Tree, dataset: Dataset, batch_size: int) -> Case:
-    """Recalibrates on the training images, whose labels are not looked at."""
+    """Recalibrate on the training images, without their labels, and score on the test images."""
     batches = list(pieces(dataset.train_images, batch_size))
     recalibrated = recalibrate(model, variables, batches, train=True)
     of = partial(scores, model, dataset=dataset)
@@ -86,13 +88,13 @@ def case(name: str, model: ConvNet, variables: Tree, dataset: Dataset, batch_siz
 
 
 def pieces(images: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """All images once, in order; the last piece may be smaller."""
+    """Yield all images once, in order; the last piece may be smaller."""
     for start in range(0, len(images), batch_size):
         yield images[start : start + batch_size]
 
 
 def faint(dataset: Dataset) -> Dataset:
-    """The same digits with another contrast and brightness, as of another scanner."""
+    """Return the same digits with another contrast and brightness, as of another scanner."""
     train, test = (
         (CONTRAST * images + BRIGHTNESS).astype(images.dtype)
         for images in (dataset.train_images, dataset.test_images)
@@ -101,7 +103,7 @@ def faint(dataset: Dataset) -> Dataset:
 
 
 def scores(model: ConvNet, variables: Tree, dataset: Dataset) -> Scores:
-    """Of the test set in evaluation mode."""
+    """Return the scores on the test set in evaluation mode."""
     logits = jax.jit(partial(model.apply, train=False))(variables, dataset.test_images)
     labels = dataset.test_labels
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

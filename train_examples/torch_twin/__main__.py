@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from train_examples.digits.config import UserError
-from train_examples.extras import needs_extra
+from train_examples.common.errors import UserError, needs_extra
 from train_examples.torch_twin.config import parse_args
 
 # Wide enough for every table, whatever the terminal: they are meant to be pasted.

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from train_examples.digits.config import UserError
+from train_examples.common.errors import UserError
 from train_examples.torch_twin import report
 from train_examples.torch_twin.config import Config
 from train_examples.torch_twin.lockstep import train

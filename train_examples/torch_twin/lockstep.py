@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from train_examples.digits import data
-from train_examples.digits.config import UserError
+from train_examples.common import data
+from train_examples.common.errors import UserError
 from train_examples.torch_twin.config import Config
 from train_examples.torch_twin.runs import (
     Batch,

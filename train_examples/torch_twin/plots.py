@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train_examples.digits.plots import COLORS
+from train_examples.common.plots import COLORS
 from train_examples.torch_twin.lockstep import DTYPES, TRUTH, History, Name
 from train_examples.torch_twin.report import TITLES, Curves, curves
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 import jaxbn
 from jaxbn.linen import BatchNorm
+from train_examples.common.model import ConvNet
 from train_examples.digits import train
-from train_examples.digits.model import ConvNet
 from train_examples.torch_twin import torch_model
 from train_examples.torch_twin.config import Config
 
@@ -68,7 +68,7 @@ class FlaxRun:
         )
 
     def step(self, batch: Batch) -> float:
-        self.state, metrics = train.ONE_DEVICE.step(self.state, *batch)
+        self.state, metrics = train.train_step(self.state, *batch)
         return float(metrics.loss)
 
     def entries(self) -> dict[str, np.ndarray]:

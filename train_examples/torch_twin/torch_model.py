@@ -13,7 +13,7 @@ from jaxbn.convert import to_torch
 
 
 class ConvNet(nn.ModuleDict):
-    """`train_examples.digits.model.ConvNet`, for images of shape (N, channels, height, width).
+    """`train_examples.common.model.ConvNet`, for images of shape (N, channels, height, width).
 
     Its layers have the names that Flax gives them: `Conv_0`, `BatchNorm_0`, and so on.
     """

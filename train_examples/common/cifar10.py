@@ -1,21 +1,21 @@
-"""Read the Python batches of CIFAR-10, which are pickles, without running what is in them."""
+"""Read the Python batches of CIFAR-10, which are pickles, without running any code in them."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train_examples.digits.config import UserError
-from train_examples.digits.pickles import Call, NotAllowed, read_pickle
+from train_examples.common.errors import UserError
+from train_examples.common.pickles import Call, NotAllowed, read_pickle
 
 TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST = ("test_batch",)
 FOLDER = "cifar-10-batches-py"
 PIXELS = 3 * 32 * 32
-# Bytes; many times those of a batch, and few enough for any memory.
+# In bytes: many times the size of a batch, and small enough for any memory.
 LARGEST = 2**28
 
-# What NumPy 1 and 2 pickle an array with, by protocols up to 4 and from 5 on.
+# The functions by which NumPy 1 and 2 pickle an array: up to protocol 4, and from 5 on.
 RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
 TYPES = ("numpy.ndarray", "numpy.dtype")
@@ -48,7 +48,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path}: b'labels' must be a list of {len(data)}, one for each image.")
     if not all(type(label) is int and 0 <= label <= 9 for label in labels):
         raise UserError(f"{path}: b'labels' must be integers from 0 to 9.")
-    # Colours come first in the file, and last in Flax.
+    # Channels come first in the file, and last in Flax.
     images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), np.array(labels, np.uint8)
 
@@ -81,7 +81,7 @@ def _read(path: Path) -> Any:
 
 
 def _matrix(value: Any) -> np.ndarray:
-    """Return the array that a pickle describes by calls of NumPy's functions."""
+    """Return the array that recorded calls of NumPy's functions describe."""
     match value:
         case Call(function, _, (_, shape, dtype, fortran, contents)) if function in RECONSTRUCT:
             order = "F" if fortran else "C"

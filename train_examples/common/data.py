@@ -1,4 +1,4 @@
-"""Images and labels as NumPy arrays, and the order in which an epoch shows them."""
+"""Data sets as NumPy arrays, and their batches for training and evaluation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +8,9 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from train_examples.digits.cifar10 import read_cifar10
-from train_examples.digits.config import UserError
-from train_examples.digits.mnist import read_mnist
+from train_examples.common.cifar10 import read_cifar10
+from train_examples.common.errors import UserError
+from train_examples.common.mnist import read_mnist
 
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0
@@ -26,11 +26,11 @@ class Dataset(NamedTuple):
 
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:
-    """The dataset of a name; from the files in `data_dir`, unless scikit-learn bundles it."""
+    """Return a dataset by its name, from the files in `data_dir` or from scikit-learn."""
     if name == "digits":
         return digits()
     if data_dir is None:
-        raise UserError(f"the dataset {name} needs the folder of its files.")
+        raise UserError(f"the dataset {name} needs data_dir, the folder of its files.")
     read = {"mnist": read_mnist, "cifar10": read_cifar10}[name]
     train_images, train_labels, test_images, test_labels = read(data_dir)
     return Dataset(
@@ -42,7 +42,7 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
 
 
 def digits() -> Dataset:
-    """1797 scans of 8 x 8 pixels; the split is the same for every seed of a run."""
+    """Return 1797 scans of 8 x 8 pixels, split in the same way for every seed of a run."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     labels = labels.astype(np.int32)
@@ -55,14 +55,14 @@ def digits() -> Dataset:
 def training_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, epoch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """An epoch of shuffled, augmented batches: a function of `seed` and `epoch` alone.
+    """Yield an epoch of shuffled, augmented batches, which depend on `seed` and `epoch` alone.
 
-    So a run that resumes after an epoch sees what it would have seen without the stop.
+    So a run that is resumed after an epoch gets the batches that it would have got anyway.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(images))
-    # What is left over at the end is dropped: a smaller batch would compile the step anew, and a
-    # few images make poor statistics. The next epoch's shuffle drops others.
+    # The rest is dropped: another shape would compile the step again, and the statistics of a few
+    # images would be poor. The next epoch drops other images.
     for start in range(0, len(order) - batch_size + 1, batch_size):
         batch = order[start : start + batch_size]
         yield shifted(images[batch], rng), labels[batch]
@@ -71,10 +71,10 @@ def training_batches(
 def evaluation_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All images once, in order, as images, labels and a mask that is False over padding.
+    """Yield all images once, in order, as images, labels and a mask that is False for padding.
 
-    The batches are as equal as they can be, and padded to one shape, so that evaluation compiles
-    once and no batch is too small for statistics of its own.
+    The batches are as equal in size as possible, and padded to one shape, so that evaluation
+    compiles once and no batch is too small for statistics of its own.
     """
     total = len(images)
     count = -(-total // batch_size)
@@ -87,7 +87,7 @@ def evaluation_batches(
 
 
 def shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each image moved by up to a pixel in each direction, with zeros from outside."""
+    """Return each image shifted by up to one pixel in each direction, with zeros shifted in."""
     n, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     top, left = rng.integers(0, 3, (2, n))

@@ -1,4 +1,4 @@
-"""Read the values in a pickle without building or calling anything that the pickle names."""
+"""Read the values in a pickle without importing or calling anything that the pickle names."""
 
 import pickletools
 import warnings
@@ -15,12 +15,12 @@ class Name(str):
 
 @dataclass(eq=False, repr=False)
 class Call:
-    """A call that a pickle asks for. It is recorded, never made.
+    """A call that a pickle asks for: it is recorded, and never made.
 
     Attributes:
-      function: the name of what is called.
+      function: the name of the function or class to call.
       args: its arguments.
-      state: what the pickle then fills the result with.
+      state: the state that the pickle then gives to the result.
     """
 
     function: Name
@@ -33,15 +33,15 @@ class NotAllowed(ValueError):
 
 
 class _Mark:
-    """Marks on the stack where the items of a tuple, list or dict begin."""
+    """A mark on the stack, where the items of a tuple, list or dict begin."""
 
 
 def read_pickle(data: bytes, allowed: Collection[str], most_opcodes: int) -> Any:
-    """Return what a pickle of protocol 2 to 5 holds, with a `Call` where it makes an object.
+    """Return the value of a pickle of protocol 2 to 5, with a `Call` where it makes an object.
 
     Memory is bounded by the length of `data` and by `most_opcodes`: each opcode makes one small
-    value, or copies bytes that are in `data`. Byte strings, Python 2's strings and text are
-    all returned as `bytes`.
+    value, or copies bytes that are in `data`. Byte strings, Python 2's strings and text are all
+    returned as `bytes`.
 
     Args:
       data: the pickle.
@@ -49,13 +49,13 @@ def read_pickle(data: bytes, allowed: Collection[str], most_opcodes: int) -> Any
       most_opcodes: the largest number of opcodes that such a pickle needs.
 
     Raises:
-      NotAllowed: the pickle names something else.
+      NotAllowed: the pickle names a function or class that is not in `allowed`.
       ValueError: the pickle is damaged, or needs more than this function supports.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     with warnings.catch_warnings():
-        # The parser warns of bad escapes in an opcode that is refused below.
+        # The parser warns of bad escapes in an opcode that `_execute` refuses.
         warnings.simplefilter("ignore")
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count == most_opcodes:

@@ -10,15 +10,15 @@ from typing import BinaryIO
 
 import numpy as np
 
-from train_examples.digits.config import UserError
+from train_examples.common.errors import UserError
 
 TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-# Bytes of the first four, and of each size.
+# The number of bytes of the magic number, and of each size after it.
 HEADER = 4
-# Bytes; the largest set in this format, EMNIST, has half as many.
+# In bytes. The largest data set in this format, EMNIST, has half as many.
 LARGEST = 2**30
-# Deflate cannot do better: https://zlib.net/zlib_tech.html.
+# The largest compression ratio of Deflate: https://zlib.net/zlib_tech.html.
 MOST_PER_COMPRESSED_BYTE = 1032
 
 
@@ -37,10 +37,10 @@ def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 def read_idx(path: Path, rank: int) -> np.ndarray:
-    """Return the unsigned bytes of an IDX file with a known number of axes.
+    """Return the unsigned bytes of an IDX file with `rank` axes.
 
-    The header is read first, and then at most as many bytes as it declares, once the file is large
-    enough to hold them.
+    The header is read first. If the file is large enough for the shape in it, the values are read,
+    and not more than these.
     """
     compressed = path.suffix == ".gz"
     try:
@@ -55,7 +55,7 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
             if needed > held:
                 at_most = "at most " if compressed else ""
                 raise UserError(f"{path} is truncated: {declared}, it has {at_most}{held}.")
-            # One more byte shows whether anything follows, and makes gzip check its checksum.
+            # One more byte shows whether anything follows, and makes gzip compare its checksum.
             data = file.read(size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or not a gzip file: {error}.") from None
@@ -69,7 +69,7 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
 
 
 def _read_shape(file: BinaryIO | gzip.GzipFile, path: Path, rank: int) -> tuple[int, ...]:
-    """Read the header: two zeros, 8 for unsigned bytes, the number of axes; then the sizes."""
+    """Return the shape in the header: two zeros, 8 for unsigned bytes, the rank, the sizes."""
     magic, wanted = file.read(HEADER), bytes([0, 0, 8, rank])
     if magic != wanted:
         raise UserError(
@@ -102,7 +102,7 @@ def _split(
         )
     if len(images) != len(labels):
         raise UserError(
-            f"{images_name} and {labels_name} in {data_dir} must be of one length: they have "
+            f"{images_name} and {labels_name} in {data_dir} must be equally long: they have "
             f"{len(images)} images and {len(labels)} labels."
         )
     if labels.max() > 9:

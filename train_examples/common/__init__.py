@@ -1,0 +1,1 @@
+"""Modules that the examples share: options, data, checkpoints, the training run, errors."""

@@ -1,0 +1,63 @@
+"""What the command computes: a trained network, its accuracies, the statistics it should have."""
+
+from functools import partial
+from typing import NamedTuple, get_args
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from train_examples.common import data
+from train_examples.common.config import Config
+from train_examples.common.history import History
+from train_examples.common.model import ConvNet, pytorch_norm
+from train_examples.common.training import Statistics, Tree, evaluate, fit, network
+from train_examples.digits.train import TrainState
+
+# Enough to know the statistics of the whole training set, and few enough for one batch.
+STATISTICS_IMAGES = 2048
+
+
+class Result(NamedTuple):
+    """The end of a run.
+
+    Attributes:
+      state: the trained network.
+      history: the measurements of every step and epoch.
+      accuracy: on the test set, by the statistics that normalize it.
+      training_statistics: of the training set, which the moving averages approach.
+    """
+
+    state: TrainState
+    history: History
+    accuracy: dict[Statistics, float]
+    training_statistics: Tree
+
+
+def train(config: Config, stop_after_epoch: int | None = None) -> Result:
+    """Train a network; `stop_after_epoch` leaves the later epochs to a resumed run."""
+    with jax.enable_x64(config.dtype == "float64"):
+        model = network(config)
+        state, history, dataset = fit(model, config, stop_after_epoch=stop_after_epoch)
+        accuracy: dict[Statistics, float] = {
+            statistics: evaluate(
+                state, dataset.test_images, dataset.test_labels, config.batch_size, statistics
+            )
+            for statistics in get_args(Statistics)
+        }
+        # Shifted as in training, which changes the statistics.
+        rng = np.random.default_rng(config.seed)
+        sample = data.shifted(dataset.train_images[:STATISTICS_IMAGES], rng)
+        return Result(state, history, accuracy, training_statistics(model, state, sample))
+
+
+@partial(jax.jit, static_argnames="model")
+def training_statistics(model: ConvNet, state: TrainState, images: ArrayLike) -> Tree:
+    """Return each layer's mean and variance over all of `images`.
+
+    With a momentum of 0, the moving averages after one batch are the statistics of that batch.
+    """
+    model = model.clone(norm=partial(pytorch_norm, momentum=0.0))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    return updates["batch_stats"]
