@@ -10,6 +10,7 @@ import torch
 import jaxbn
 from jaxbn.parity import assert_parity, batch_norm_layer, compare, compare_models, torch_layer
 from tests.faulty import FEATURES, BatchNorm, DifferentiableBatchNorm, N, batches
+from tests.raises import raises
 
 BIASED = f"running variance differs by n/(n-1) = {N}/{N - 1}: biased against unbiased"
 
@@ -103,9 +104,8 @@ def test_torch_against_the_conventions(rng):
 def test_assert_parity_fails_with_the_report(rng):
     data = batches(rng)
     report = compare(BatchNorm(running_variance="biased"), BatchNorm(), data)
-    with pytest.raises(AssertionError) as error:
+    with raises(AssertionError, str(report)):
         assert_parity(BatchNorm(running_variance="biased"), BatchNorm(), data)
-    assert str(error.value) == str(report)
     assert_parity(BatchNorm(running_variance="biased"), BatchNorm(), data, rtol=0.1)
 
 
@@ -167,9 +167,8 @@ def test_a_long_text_shows_only_what_differs(rng):
     ],
 )
 def test_bad_batches(data, error, message):
-    with pytest.raises(error) as info:
+    with raises(error, message):
         compare(BatchNorm(features=3), BatchNorm(features=3), data)
-    assert str(info.value) == message
 
 
 @pytest.mark.parametrize(
@@ -194,9 +193,8 @@ def test_bad_batches(data, error, message):
 @pytest.mark.parametrize("compares", [compare, assert_parity, compare_models])
 def test_an_rtol_that_is_not_a_tolerance(compares, rtol, error, message, rng):
     arguments = [batches(rng)] if compares is not compare_models else [{"norm": "0"}, np.ones(3)]
-    with pytest.raises(error) as info:
+    with raises(error, message):
         compares(BatchNorm(), BatchNorm(), *arguments, rtol=rtol)
-    assert str(info.value) == message
 
 
 def test_an_rtol_of_zero_requires_the_same_bits(rng):
@@ -205,11 +203,10 @@ def test_an_rtol_of_zero_requires_the_same_bits(rng):
 
 
 def test_an_object_that_is_not_a_layer():
-    with pytest.raises(TypeError) as info:
+    with raises(
+        TypeError, "reference must have the methods train, evaluate and running; got 3 of type int."
+    ):
         compare(BatchNorm(), 3, [])
-    assert str(info.value) == (
-        "reference must have the methods train, evaluate and running; got 3 of type int."
-    )
 
 
 @pytest.mark.parametrize("spoilt", ["dx", "running mean", "running var", "evaluation y"])

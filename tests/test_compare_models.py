@@ -11,6 +11,7 @@ import jaxbn
 import jaxbn.linen
 from jaxbn.parity import compare_models
 from jaxbn.parity._compare.model_runs import cotangent_of, run_flax
+from tests.raises import raises
 from tests.small_networks import NAMES, WIDTHS, Block, Net, images, net, torch_net, variables_of
 
 
@@ -91,9 +92,8 @@ def test_the_first_difference_is_at_the_fault(theirs, fault):
     model = net(**options)
     report = compare_models((model, variables_of(theirs)), theirs, NAMES, images(), rtol=1e-9)
     assert place(report) == expected
-    with pytest.raises(AssertionError) as error:
+    with raises(AssertionError, str(report)):
         report.raise_if_different()
-    assert str(error.value) == str(report)
     assert f"The first difference is at {expected[0]}, {expected[1]}: " in str(report)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from jaxbn.parity import compare_models
+from tests.raises import raises
 from tests.small_networks import NAMES, images, net, torch_net, variables_of
 
 
@@ -88,19 +89,18 @@ def test_tokens_have_no_gradient():
     ],
 )
 def test_unknown_names(theirs, names, message):
-    with pytest.raises(ValueError) as error:
+    with raises(ValueError, message):
         compare_models((net(), variables_of(theirs)), theirs, names, images())
-    assert str(error.value) == message
 
 
 def test_no_names(theirs):
-    with pytest.raises(ValueError) as error:
-        compare_models((net(), variables_of(theirs)), theirs, {}, images())
-    assert str(error.value) == (
+    with raises(
+        ValueError,
         "names is empty, so no intermediate and no running statistics would be compared; give at "
         "least one pair of a path in Flax and a name in PyTorch, such as "
-        "{'block/bn': 'block.bn'}."
-    )
+        "{'block/bn': 'block.bn'}.",
+    ):
+        compare_models((net(), variables_of(theirs)), theirs, {}, images())
 
 
 @pytest.mark.parametrize(
@@ -170,20 +170,19 @@ def test_an_output_that_is_not_a_single_array():
 
     x = np.ones((3, 2), np.float32)
     variables = Pair().init(jax.random.key(0), x, train=True)
-    with pytest.raises(TypeError) as error:
+    with raises(
+        TypeError, "only single arrays can be compared; in Flax, (output) returns a tuple."
+    ):
         compare_models((Pair(), variables), torch.nn.Linear(2, 2), {"dense": ""}, x)
-    assert str(error.value) == (
-        "only single arrays can be compared; in Flax, (output) returns a tuple."
-    )
 
 
 def test_a_module_without_variables(theirs):
-    with pytest.raises(TypeError) as error:
-        compare_models(net(), theirs, NAMES, images())
-    assert str(error.value) == (
+    with raises(
+        TypeError,
         "flax_model must be a bound Linen module, model.bind(variables), or the pair (model, "
-        "variables); got a Net without variables."
-    )
+        "variables); got a Net without variables.",
+    ):
+        compare_models(net(), theirs, NAMES, images())
 
 
 def test_the_tools_need_neither_flax_nor_torch_to_be_imported():
