@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 from matplotlib import image
 
+from tests.missing_package import assert_help_alone_works
 from train_examples.digits import data
 from train_examples.digits import model as flax_model
 from train_examples.torch_twin import command, report, torch_model
@@ -281,23 +280,7 @@ def test_the_command_fails_where_the_frameworks_part(monkeypatch, history, tmp_p
 
 
 def test_help_without_pytorch():
-    """The options are told, and a run says what to install."""
-
-    def run(*argv):
-        code = (
-            f"import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = {list(argv)}; "
-            "runpy.run_module('train_examples.torch_twin', run_name='__main__')"
-        )
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-    told = run("--help")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert "--learning-rate" in told.stdout
-    refused = run()
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr == (
-        'error: torch is not installed; pip install -e ".[test]" installs it.\n'
-    )
+    assert_help_alone_works("train_examples.torch_twin", "torch", "--learning-rate")
 
 
 @pytest.mark.parametrize(
