@@ -118,7 +118,7 @@ def test_every_experiment_begins_with_its_question_and_predictions():
     assert list(command.QUESTIONS) == list(NAMES)
     for number, (experiment, text) in command.QUESTIONS.items():
         assert experiment.__doc__.startswith(f"{number}. {text}\n")
-        assert "\n\nPredictions: " in experiment.__doc__
+        assert "\n\nPredictions: " in str(experiment.__doc__)
 
 
 def test_predictions_can_fail():

@@ -77,7 +77,9 @@ def run(settings: Settings) -> Result:
         model = ghosts[row] if arm == 1 else plain
         # How many images form a batch, and how many of them count in the loss.
         together, counted = (size, size) if arm == 0 else (WHOLE, size if arm == 2 else WHOLE)
-        state = _train(common.start(model, seed, RATE), steps, seed, together, counted)
+        # Ghost batches do not change the initial state, so all networks share a compiled start.
+        state = common.start(plain, seed, RATE).replace(apply_fn=model.apply)
+        state = _train(state, steps, seed, together, counted)
         scores[:, *index] = evaluate(state, seed)
     whole = [
         evaluate(_train(common.start(plain, seed, RATE), steps, seed, WHOLE, WHOLE), seed)

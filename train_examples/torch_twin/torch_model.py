@@ -13,7 +13,7 @@ from jaxbn.convert import to_torch
 
 
 class ConvNet(nn.ModuleDict):
-    """The network of the digits example in PyTorch, for images (N, channels, height, width).
+    """`train_examples.digits.model.ConvNet`, for images of shape (N, channels, height, width).
 
     Its layers have the names that Flax gives them: `Conv_0`, `BatchNorm_0`, and so on.
     """
