@@ -1,9 +1,6 @@
-"""The ResNet-18 from PyTorch: equal results, conversions, files, folding, export, the command."""
+"""The ResNet-18 from PyTorch: equal results, conversion, folding, export, the command."""
 
 import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.missing_package import assert_help_alone_works
 from train_examples.common.errors import UserError, needs_extra
 from train_examples.port_resnet import command, deploy, flax_model, torch_model
 from train_examples.port_resnet.__main__ import main
@@ -26,7 +24,7 @@ from train_examples.port_resnet.compare import (
 )
 from train_examples.port_resnet.config import parse_args
 from train_examples.port_resnet.convert import path, to_flax
-from train_examples.port_resnet.weights import as_dtype, lively, read
+from train_examples.port_resnet.weights import as_dtype, lively
 
 WIDTH, CLASSES, PIXELS = 4, 10, 32
 TOLERANCE = command.FLOAT64_TOLERANCE
@@ -45,7 +43,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def float64_results(state_dict, batch):
-    """PyTorch's and ours."""
+    """Return the results of PyTorch and of Flax."""
     return run_both(state_dict, batch, np.float64)
 
 
@@ -57,7 +55,7 @@ def test_equal_in_float64(float64_results):
 
 def test_every_array_is_compared(float64_results, state_dict):
     theirs, _ = float64_results
-    # Each entry of the state dict once: as its gradient, or as what a step has made of it.
+    # Each entry of the state dict is compared once: its gradient, or its value after a step.
     compared = sum(len(arrays) for row, arrays in theirs.items() if "logits" not in row)
     assert compared == len(state_dict) + len(["the gradient by images"])
     for row, arrays in theirs.items():
@@ -78,7 +76,9 @@ def swap_mean_and_var(norm):
     ],
     ids=["epsilon", "momentum", "mean and variance swapped", "NaN"],
 )
-def test_one_layer_that_differs_shows(x64, float64_results, state_dict, batch, change, rows):
+def test_a_difference_in_one_layer_is_detected(
+    x64, float64_results, state_dict, batch, change, rows
+):
     _, ours = float64_results
     model = torch_model.load(state_dict)
     change(model.layer3[1].bn2)
@@ -88,27 +88,18 @@ def test_one_layer_that_differs_shows(x64, float64_results, state_dict, batch, c
 
 
 def test_float32_is_not_further_from_the_truth(x64, state_dict, batch, monkeypatch):
-    # Where rounding takes the input of a ReLU over zero, its gradient is gone, in either
-    # framework: without a kink rounding alone is left.
+    # If rounding moves the input of a ReLU across zero, its gradient appears or vanishes, in either
+    # framework. A smooth activation leaves rounding alone.
     monkeypatch.setattr(flax_model.nn, "relu", jax.nn.silu)
     monkeypatch.setattr(torch_model.functional, "relu", torch.nn.functional.silu)
     truth = run_torch(torch_model.load(state_dict), batch)
     errors = [distances(run, truth) for run in run_both(state_dict, batch, np.float32)]
     for row, theirs in errors[0].items():
         ours, eps = errors[1][row], float(np.finfo(np.float32).eps)
-        # Of two sums of as many roundings one may well be thrice as far off as the other.
+        # Of two sums with equally many roundings, one can well have three times the other's error.
         assert ours <= 3 * theirs + eps, row
-        # And as float64's tolerance, in units of each one's eps.
+        # The tolerance of float64, scaled to float32's eps.
         assert ours <= TOLERANCE * eps / np.finfo(np.float64).eps, row
-
-
-def test_random_weights_are_lively(state_dict):
-    for name, value in state_dict.items():
-        assert not np.any((value == 0) | (value == 1)), name
-    assert any((value < 0).any() for name, value in state_dict.items() if "bn1.weight" in name)
-    np.testing.assert_equal(lively(WIDTH, CLASSES, 0), state_dict)
-    float32 = as_dtype(state_dict, np.float32)
-    np.testing.assert_equal(as_dtype(float32, np.float64), state_dict)
 
 
 @pytest.mark.parametrize(
@@ -151,145 +142,13 @@ def test_conversion_lists_what_is_wrong(state_dict):
 def test_conversion_lists_ten_of_many_problems(state_dict):
     with pytest.raises(UserError, match=r"conv1.weight is missing; .*; and 113 more\.$") as error:
         to_flax({"model": np.ones(3)})
-    # 122 entries are missing and one is too many: ten are told, the rest counted.
+    # 122 entries are missing and one is unknown: ten are listed, the rest are counted.
     assert str(error.value).count(" is missing") == 10
-
-
-def tensors(state_dict):
-    return {name: torch.tensor(value).contiguous() for name, value in state_dict.items()}
-
-
-WRITERS = {".pt": torch.save, ".pth": torch.save, ".safetensors": save_file}
-
-
-@pytest.mark.parametrize("ending", WRITERS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_reads_what_was_saved(tmp_path, state_dict, ending, dtype):
-    file = tmp_path / f"weights{ending}"
-    saved = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors(state_dict).items()}
-    WRITERS[ending](saved, file)
-    got = read(file)
-    assert got.keys() == state_dict.keys()
-    for name, value in saved.items():
-        np.testing.assert_array_equal(got[name], value.double().numpy())
-
-
-def test_batches_that_were_not_counted_are_none(tmp_path, state_dict):
-    file = tmp_path / "old.pth"
-    old = {k: v for k, v in tensors(state_dict).items() if not k.endswith("num_batches_tracked")}
-    torch.save(old, file)
-    got = read(file)
-    assert got.keys() == state_dict.keys()
-    assert got["layer1.0.bn1.num_batches_tracked"] == 0
-
-
-class Malicious:
-    """A pickle of it makes a folder as it is loaded."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def test_a_pickle_runs_nothing(tmp_path):
-    victim, file = tmp_path / "victim", tmp_path / "weights.pt"
-    torch.save({"conv1.weight": Malicious(victim)}, file)
-    with pytest.raises(UserError, match=r"weights\.pt is damaged, or no state dict: "):
-        read(file)
-    file.write_bytes(pickle.dumps(Malicious(victim)))
-    with pytest.raises(UserError, match=r"weights\.pt is damaged, or no state dict: "):
-        read(file)
-    assert not victim.exists()
-
-
-@pytest.mark.parametrize("ending", WRITERS)
-@pytest.mark.parametrize("part", [0, 0.5, 0.999])
-def test_a_damaged_file(tmp_path, state_dict, ending, part):
-    file = tmp_path / f"weights{ending}"
-    WRITERS[ending](tensors(state_dict), file)
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(part * len(whole))])
-    with pytest.raises(UserError, match=r"is damaged, or no state dict: ."):
-        read(file)
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3, "model": {}}])
-def test_a_file_with_more_than_tensors(tmp_path, content):
-    file = tmp_path / "weights.pt"
-    torch.save(content, file)
-    with pytest.raises(UserError) as error:
-        read(file)
-    assert str(error.value) == (
-        f"--state-dict {file} must hold a dict of tensors, by their names, alone."
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("none.pt", "is not a file."),
-        ("weights.h5", "must end in one of .safetensors, .pt, .pth, got '.h5'."),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, name, text):
-    with pytest.raises(UserError) as error:
-        read(tmp_path / name)
-    assert str(error.value) == f"--state-dict {tmp_path / name} {text}"
-
-
-# Of tensors that PyTorch saves, those that are no arrays.
-UNREADABLE = {
-    "int key": (
-        lambda tensor: {3: tensor},
-        "must hold tensors by their names, got the key 3.",
-    ),
-    "bytes key": (
-        lambda tensor: {b"fc.weight": tensor},
-        "must hold tensors by their names, got the key b'fc.weight'.",
-    ),
-    "sparse": (
-        lambda tensor: {"fc.weight": tensor.to_sparse()},
-        "must hold dense tensors, got a sparse fc.weight: save what its to_dense() returns.",
-    ),
-    "meta": (
-        lambda tensor: {"fc.weight": tensor.to("meta")},
-        "must hold dense tensors, got a meta fc.weight: it has no values, so load the weights "
-        "before saving.",
-    ),
-    "quantized": (
-        lambda tensor: {"fc.weight": torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)},
-        "must hold dense tensors, got a quantized fc.weight: save what its dequantize() returns.",
-    ),
-    "nested": (
-        lambda tensor: {"fc.weight": torch.nested.nested_tensor([tensor, tensor[1:]])},
-        "must hold dense tensors, got a nested fc.weight: save its parts.",
-    ),
-    "a dtype of bits": (
-        lambda tensor: {"fc.weight": tensor.view(torch.uint8).view(torch.bits8)},
-        "must hold tensors of a dtype that NumPy has, or can be made of, got torch.bits8 for "
-        "fc.weight.",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", UNREADABLE)
-# PyTorch warns of kinds of tensors that it will not have some day, where they are made.
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_tensors_that_cannot_be_read(tmp_path, capsys, kind):
-    make, text = UNREADABLE[kind]
-    file = tmp_path / "weights.pt"
-    torch.save({"bn1.weight": torch.ones(2), **make(torch.ones(10, 4))}, file)
-    with pytest.raises(SystemExit) as error:
-        main(["--state-dict", str(file)])
-    assert error.value.code == 2
-    assert capsys.readouterr().err == f"error: --state-dict {file} {text}\n"
 
 
 @pytest.fixture
 def networks(state_dict):
-    """The network and the folded one, in the precision at hand."""
+    """Return the network and the folded network, in the current precision."""
     dtype = jnp.result_type(float)
     variables = to_flax(as_dtype(state_dict, dtype))
     model = flax_model.ResNet18(WIDTH, CLASSES)
@@ -342,7 +201,8 @@ def test_a_file_is_written_whole_or_not(tmp_path, networks, monkeypatch):
 
 def test_the_command(tmp_path, state_dict, capsys):
     file, out = tmp_path / "weights.safetensors", tmp_path / "network.jax"
-    save_file(tensors(as_dtype(state_dict, np.float32)), file)
+    weights = as_dtype(state_dict, np.float32)
+    save_file({name: torch.tensor(value) for name, value in weights.items()}, file)
     main(["--state-dict", str(file), "--out", str(out), *SMALL])
     printed = " ".join(capsys.readouterr().out.split())
     for row in ("logits in training", "gradients by kernels", "running variances after"):
@@ -367,38 +227,12 @@ def test_the_command_fails_where_the_frameworks_differ(tmp_path, monkeypatch, ca
     assert not out.exists()
 
 
-def test_the_command_says_what_is_wrong_with_a_file(tmp_path, capsys):
-    file = tmp_path / "none.pt"
-    with pytest.raises(SystemExit) as error:
-        main(["--state-dict", str(file)])
-    # As argparse has it for a wrong option.
-    assert error.value.code == 2
-    assert capsys.readouterr().err == f"error: --state-dict {file} is not a file.\n"
-
-
 @pytest.mark.parametrize("package", ["torch", "safetensors"])
 def test_help_without_a_package(package):
-    """The options are told, and a run says what to install."""
-
-    def run(*argv):
-        code = (
-            f"import runpy, sys; sys.modules[{package!r}] = None; "
-            f"sys.argv[1:] = {list(argv)}; "
-            "runpy.run_module('train_examples.port_resnet', run_name='__main__')"
-        )
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-    told = run("--help")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert "--state-dict FILE" in told.stdout
-    refused = run()
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr == (
-        f'error: {package} is not installed; pip install -e ".[test]" installs it.\n'
-    )
+    assert_help_alone_works("train_examples.port_resnet", package, "--state-dict FILE")
 
 
-def test_a_module_of_ours_that_is_missing_is_a_fault():
+def test_a_missing_module_of_this_project_raises():
     with pytest.raises(ModuleNotFoundError, match="train_examples"), needs_extra("test"):
         raise ModuleNotFoundError("No module named 'train_examples.x'", name="train_examples.x")
 
@@ -410,7 +244,10 @@ def test_a_module_of_ours_that_is_missing_is_a_fault():
         ("--image-size 31", "--image-size must be at least 32, got 31."),
         ("--batch-size 3", "--batch-size must be at least 4, got 3."),
         ("--seed -1", "--seed must be in [0, 2^32), got -1."),
-        ("--state-dict x.pt --width 8", "--width is of random weights: those of --state-dict"),
+        (
+            "--state-dict x.pt --width 8",
+            "--width sets the width of random weights; --state-dict has its own.",
+        ),
         ("--out .", "--out . is a folder; it must be a file, or not exist yet."),
     ],
 )

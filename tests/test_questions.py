@@ -1,5 +1,7 @@
-"""The questions: each experiment runs, what is exact in it holds, verdicts can go either way."""
+"""The questions: every experiment runs, obeys its exact laws, and has verdicts of both kinds."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,28 +20,31 @@ NAMES = {
     5: "initialization",
     6: "batch_size",
 }
+# The document wraps long lines, and indents what follows.
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "questions.md").read_text().replace("\n  ", " ")
+VERDICT = re.compile(r"^- Prediction: .+\. Measured: .+\. \*\*(?:Holds|Fails)\.\*\*$", re.MULTILINE)
 
 
 def check_epsilon(result):
-    # A shift by the batch's mean leaves a constant feature at zero, whatever it is divided by.
+    # Subtracting the batch's mean leaves a constant feature at zero, whatever the divisor.
     assert result.off_bias == 0
     assert result.constant.min() > 0
     np.testing.assert_array_equal(result.nan_without, result.constant)
-    # The gradient of a feature that is constant is centred, and divided by sqrt(epsilon).
+    # The gradient of a constant feature is centred, then divided by sqrt(epsilon).
     scaled = result.constant_gradient * np.sqrt(epsilon.GRADIENTS_AT)[:, None]
     np.testing.assert_allclose(scaled, scaled[:1].repeat(len(scaled), 0), rtol=1e-5)
     for at, deviation in zip(epsilon.DEVIATIONS_AT, result.deviation, strict=True):
         law = np.sqrt(result.variance / (result.variance + at))
-        # Two sums of 1437 float32 values.
+        # The tolerance covers the rounding of two sums of 1437 float32 values.
         np.testing.assert_allclose(deviation, law, rtol=1e-4)
     assert result.accuracy.shape == result.test_loss.shape == (1, 1)
 
 
 def check_moving_averages(result):
-    # The variance of 100 repeats is off by sqrt(2 / 99) of itself in the mean square, were all
-    # pixels one and the same; five times that, and the root.
+    # The relative standard error of a variance from 100 repeats is sqrt(2 / 99), if all pixels are
+    # fully correlated. The tolerance is five times that, halved for the square root.
     np.testing.assert_allclose(result.noise, result.noise_law, rtol=5 * (2 / 99) ** 0.5 / 2)
-    # The mean of the repeats has a tenth of their noise.
+    # The mean of 100 repeats has a tenth of their noise.
     assert (np.abs(result.bias - result.bias_law) < 0.5 * result.noise_law).all()
     assert result.by_size.shape == result.changed.shape == (2, 1)
     assert result.by_share.shape == result.moving_by_share.shape == (2, 1)
@@ -47,32 +52,32 @@ def check_moving_averages(result):
 
 
 def check_bias(result):
-    # 4096 terms of a sum that is zero, each off by a rounding of its own.
+    # A sum of 4096 terms that is zero, with one rounding error for each term.
     tolerance = 4096 * np.finfo(np.float64).eps
     training, evaluation, without = result.gradient
     assert (training < tolerance).all()
     assert (evaluation > 1e-3).all() and (without > 1e-3).all()
-    # The first steps; later any rounding grows.
-    assert (result.apart[:, 0] < tolerance).all()
-    assert result.apart.shape == (1, 2, 3, 1)
+    # Later steps amplify any rounding.
+    assert (result.difference[:, 0] < tolerance).all()
+    assert result.difference.shape == (1, 2, 3, 1)
 
 
 def check_learning_rate(result):
     assert result.loss.shape == result.accuracy.shape == (2, 2, 1)
-    # Steps are at right angles to a kernel whose length does not matter: it can only grow.
+    # Steps are orthogonal to a kernel whose length has no effect, so its length can only grow.
     assert (result.growth > 0.99).all()
     assert result.growth[1] > result.growth[0]
 
 
 def check_initialization(result):
     assert result.accuracy.shape == (2, 2, 1, 1)
-    # A thousandth of the variance is epsilon's at the scale 0.1.
+    # At the scale 0.1, epsilon is a thousandth of the variance.
     np.testing.assert_allclose(result.gradient[0, :, 0] * result.scales, 1, rtol=0.05)
     assert result.moved[0].max() < 0.05 < result.moved[1].max()
 
 
 def check_batch_size(result):
-    # The variance of 400 draws of one channel is off by sqrt(2 / 399) of itself in the mean square.
+    # The relative standard error of a variance from 400 draws of one channel is sqrt(2 / 399).
     np.testing.assert_allclose(
         result.noise, result.law[:, None].repeat(1, 1), rtol=5 * (2 / 399) ** 0.5
     )
@@ -82,7 +87,7 @@ def check_batch_size(result):
 
 @pytest.mark.parametrize("number", NAMES)
 def test_experiment(number, tmp_path, capsys):
-    """From the command line: pictures, tables, verdicts, numbers."""
+    """The command draws a picture, and prints tables and verdicts in the document's form."""
     results = command.main([str(number), "--quick", "--seeds", "1", "--out", str(tmp_path)])
     assert list(results) == [number]
     result = results[number]
@@ -97,7 +102,10 @@ def test_experiment(number, tmp_path, capsys):
     for table in experiment.tables(result):
         assert f"| {table.columns[0].header}" in printed
     assert "too small to answer" in printed
-    assert printed.count("- contradicted: ") == len(experiment.verdicts(result)) >= 3
+    verdicts = experiment.verdicts(result)
+    assert len(VERDICT.findall(printed)) == len(verdicts) >= 3
+    section = DOCUMENT.partition(f"\n## {number}. {text}\n")[2].partition("\n## ")[0]
+    assert len(VERDICT.findall(section)) == len(verdicts) == section.count("- Prediction: ")
     (picture,) = tmp_path.iterdir()
     assert picture.name == f"{NAMES[number]}.png"
     assert picture.stat().st_size < 100_000
@@ -106,25 +114,26 @@ def test_experiment(number, tmp_path, capsys):
     assert pixels[..., :3].std() > 0.01
 
 
-def test_every_question_states_what_would_contradict_its_answer():
+def test_every_experiment_begins_with_its_question_and_predictions():
     assert list(command.QUESTIONS) == list(NAMES)
     for number, (experiment, text) in command.QUESTIONS.items():
         assert experiment.__doc__.startswith(f"{number}. {text}\n")
-        assert "What would have contradicted it: " in str(experiment.__doc__)
+        assert "\n\nPredictions: " in str(experiment.__doc__)
 
 
-def test_a_contradiction_is_seen():
+def test_predictions_can_fail():
     seeds = np.ones(2)
-    apart = np.ones((2, 2, 3, 2))
+    difference = np.ones((2, 2, 3, 2))
     rounding = np.array([1e-16 * seeds, seeds, seeds])
-    verdicts = bias.verdicts(bias.Result(rounding, np.arange(3), apart))
-    assert [v.contradicted for v in verdicts] == [False, False, False]
-    apart[:, 1] = 1e-3
-    verdicts = bias.verdicts(bias.Result(0.1 * rounding[::-1], np.arange(3), apart))
-    assert [v.contradicted for v in verdicts] == [True, True, False]
+    verdicts = bias.verdicts(bias.Result(rounding, np.arange(3), difference))
+    assert [v.holds for v in verdicts] == [True, True, True]
+    assert str(verdicts[0]).endswith(". **Holds.**")
+    difference[:, 1] = 1e-3
+    verdicts = bias.verdicts(bias.Result(0.1 * rounding[::-1], np.arange(3), difference))
+    assert [v.holds for v in verdicts] == [False, False, True]
     assert str(verdicts[0]) == (
-        "contradicted: YES; would be if a bias had more than 1e-12 of a kernel's gradient in "
-        "float64: 1.0e-01; without batch norm 1.0e-17 at least."
+        "Prediction: in training, a bias has at most 1e-12 of a kernel's gradient in float64. "
+        "Measured: at most 1.0e-01; without batch norm at least 1.0e-17. **Fails.**"
     )
 
 
@@ -136,7 +145,7 @@ def test_the_best_rate_is_chosen_per_scale():
         np.array([0.1, 1.0]), np.array([0.1, 1.0]), accuracy, *np.ones((2, 2, 2, 3))
     )
     np.testing.assert_array_equal(initialization.best(result)[1, 0], [0.95, 0.95, 0.4])
-    # One seed that does not learn is enough.
+    # A scale learns only if every seed does.
     np.testing.assert_array_equal(initialization.learns(result), [[True, True], [False, False]])
     np.testing.assert_array_equal(initialization.width(result), [10, 0])
 
@@ -160,7 +169,7 @@ def test_the_scale_multiplies_convolutions_alone():
     np.testing.assert_array_equal(ten["Dense_0"]["kernel"], one["Dense_0"]["kernel"])
 
 
-def test_spread_says_what_is_not_finite():
+def test_spread_counts_values_that_are_not_finite():
     assert common.spread([0.5, 0.25, 0.75], ".0%") == "50% (25% to 75%)"
     assert common.spread([1.0, np.nan, np.inf]) == "not finite in 2 of 3"
 

@@ -1,9 +1,7 @@
-"""The PyTorch twin: equal trajectories in float64, differences that show, rounding, the command."""
+"""The PyTorch twin: equal trajectories in float64, detected differences, rounding, the command."""
 
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 from matplotlib import image
 
+from tests.missing_package import assert_help_alone_works
 from train_examples.common import data
 from train_examples.common import model as flax_model
 from train_examples.torch_twin import command, report, torch_model
@@ -30,23 +29,25 @@ from train_examples.torch_twin.lockstep import (
 )
 from train_examples.torch_twin.runs import Batch, FlaxRun, TorchRun, initial, network
 
-# A second stage for the pooling; wide enough for each layer to learn.
+# Two stages, so that there is a pooling, and wide enough for each layer to learn.
 TINY = Config(steps=8, widths=(4, 8), batch_size=16, reordered=2)
 OURS = Name("jaxbn", "float64")
 
-# The longest sums are the batch's: 16 images of 8 x 8 pixels.
+# The longest sums are over a batch of 16 images of 8 x 8 pixels.
 LAYERS, TERMS = 5, 16 * 8 * 8
 
 
 def tolerance(steps):
-    """What rounding each layer's sums, there and back, comes to in float64, where no step passes
-    on more than it gets."""
+    """Return a bound on the rounding of all layers' sums, forward and backward, in float64.
+
+    It assumes that no step amplifies the rounding before it.
+    """
     return steps * 2 * LAYERS * TERMS * 2**-53
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads wait for one another longer than these few values take."""
+    """Use one thread, as starting threads takes longer than these small sums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,7 +66,7 @@ def variables(dataset):
 
 @pytest.fixture(scope="module")
 def history(variables):
-    # Flax's initialization takes longer to compile than the rest: once is enough.
+    # Share the initial variables, as they take longer to compile than everything else.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(twin, "initial", lambda *_: variables)
         return twin.train(TINY)
@@ -77,7 +78,7 @@ def test_equal_in_float64(history, kind):
     bounds = tolerance(np.arange(1, TINY.steps + 1))
     assert (ours <= bounds).all()
     assert (reordered <= bounds).all()
-    # The same bits would mean that a run was compared with itself.
+    # Equal bits would mean that a run was compared with itself.
     assert ours.min() > 0 and reordered.min() > 0
 
 
@@ -126,7 +127,7 @@ def test_distance_is_relative():
 
 @pytest.fixture(scope="module")
 def flax_run(variables):
-    """Ours, and the state it begins with."""
+    """Return the run in JAX and its initial state."""
     with jax.enable_x64(True):
         model = network(TINY, "float64")
         run = FlaxRun(model, TINY, variables)
@@ -148,7 +149,7 @@ def set_norms(attribute, value):
 def biased_running_variance(run):
     def correct(norm, inputs, _):
         biased, unbiased = (inputs[0].detach().var((0, 2, 3), correction=c) for c in (0, 1))
-        # Not in place: the backward pass has an eye on what it was.
+        # Not in place, as the backward pass needs the old value.
         norm.running_var = norm.running_var + norm.momentum * (biased - unbiased)
 
     for norm in norms(run):
@@ -182,8 +183,8 @@ def one_layer_s_bias(run):
     ],
     ids=["none", "epsilon", "momentum", "biased", "nesterov", "dampening", "SGD", "bias"],
 )
-def test_a_difference_shows(x64, flax_run, dataset, change, parameters, statistics):
-    """In the third step, as some are not yet there in the first."""
+def test_a_difference_is_detected(x64, flax_run, dataset, change, parameters, statistics):
+    """A difference is detected after three steps; some have no effect in the first."""
     ours, ours.state = flax_run
     theirs = TorchRun(TINY, ours.entries())
     change(theirs)
@@ -191,11 +192,11 @@ def test_a_difference_shows(x64, flax_run, dataset, change, parameters, statisti
     found = lockstep({OURS: ours, TRUTH: theirs}, [(OURS, TRUTH)], few).distances[OURS, TRUTH][-1]
     assert (found.parameters > 1e-8) == parameters
     assert (found.statistics > 1e-8) == statistics
-    for seen, value in zip((parameters, statistics), found, strict=True):
-        assert seen or value <= tolerance(3)
+    for differs, value in zip((parameters, statistics), found, strict=True):
+        assert differs or value <= tolerance(3)
 
 
-def test_divergence_is_said(x64, flax_run, dataset):
+def test_divergence_is_an_error(x64, flax_run, dataset):
     ours, ours.state = flax_run
     theirs = TorchRun(TINY, ours.entries())
     theirs.sgd.param_groups[0]["lr"] = float("nan")
@@ -204,8 +205,8 @@ def test_divergence_is_said(x64, flax_run, dataset):
         lockstep({OURS: ours, TRUTH: theirs}, [(OURS, TRUTH)], batches(TINY, dataset))
 
 
-def test_without_kinks_rounding_alone_is_left(x64, variables, dataset, monkeypatch):
-    """What float32 has more than float64 is then what its rounding unit has more."""
+def test_smooth_networks_differ_by_rounding_alone(x64, variables, dataset, monkeypatch):
+    """The distances in float32 over those in float64 are then the ratio of their roundings."""
     monkeypatch.setattr(flax_model.nn, "relu", jax.nn.silu)
     monkeypatch.setattr(flax_model.nn, "max_pool", flax_model.nn.avg_pool)
     monkeypatch.setattr(torch_model.functional, "relu", torch.nn.functional.silu)
@@ -215,7 +216,7 @@ def test_without_kinks_rounding_alone_is_left(x64, variables, dataset, monkeypat
     for kind in report.TITLES:
         double, single = (report.curves(smooth, kind, dtype) for dtype in ("float64", "float32"))
         growth = single.ours / double.ours / 2**29
-        # Draws of as many roundings each, whose sums over all entries are much alike.
+        # Both are sums of equally many random roundings, whose sizes are similar.
         for factor in (growth, single.ratio):
             assert (factor < 4).all() and (factor > 1 / 4).all()
 
@@ -246,7 +247,7 @@ def test_reordering_keeps_images_with_their_labels(rng):
 
 @pytest.fixture
 def quick(monkeypatch, history):
-    """The command with what is already computed."""
+    """Make the command use the history that is already computed."""
     monkeypatch.setattr(command, "train", lambda config: history)
 
 
@@ -270,34 +271,18 @@ def test_the_command(quick, history, tmp_path, capsys):
     assert image.imread(out / "distances.png")[..., :3].std() > 0.01
 
 
-def test_the_command_fails_where_the_frameworks_part(monkeypatch, history, tmp_path, capsys):
-    apart = {**history.distances, (OURS, TRUTH): [Distance(1e-16, 2e-8)] * TINY.steps}
-    monkeypatch.setattr(command, "train", lambda config: History(history.loss, apart))
+def test_the_command_fails_if_the_frameworks_diverge(monkeypatch, history, tmp_path, capsys):
+    distances = {**history.distances, (OURS, TRUTH): [Distance(1e-16, 2e-8)] * TINY.steps}
+    monkeypatch.setattr(command, "train", lambda config: History(history.loss, distances))
     with pytest.raises(SystemExit) as error:
         main(["--out", str(tmp_path)])
-    assert error.value.code == "error: the frameworks part in float64."
+    assert error.value.code == "error: the frameworks diverge in float64."
     assert "2.0e-08 apart at most, in 8 steps: NOT within 1e-08" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_help_without_pytorch():
-    """The options are told, and a run says what to install."""
-
-    def run(*argv):
-        code = (
-            f"import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = {list(argv)}; "
-            "runpy.run_module('train_examples.torch_twin', run_name='__main__')"
-        )
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-    told = run("--help")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert "--learning-rate" in told.stdout
-    refused = run()
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr == (
-        'error: torch is not installed; pip install -e ".[test]" installs it.\n'
-    )
+    assert_help_alone_works("train_examples.torch_twin", "torch", "--learning-rate")
 
 
 @pytest.mark.parametrize(

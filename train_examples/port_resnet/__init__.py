@@ -1,1 +1,1 @@
-"""A ResNet-18 of PyTorch's, converted to Flax, compared, folded and exported."""
+"""A ResNet-18 that is converted from PyTorch to Flax, compared, folded and exported."""

@@ -1,4 +1,4 @@
-"""The command. Its options and their help need no PyTorch; everything else does."""
+"""The command. `--help` works without PyTorch, which everything else needs."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(config, Console())
     except WeightsError as error:
         print(f"error: {error}", file=sys.stderr)
-        # As for any other option that is wrong.
+        # The exit status of argparse for a wrong option.
         sys.exit(2)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""What the command does: compare the frameworks, print a table, fold and export the network."""
+"""The steps of the command: compare the frameworks, then fold and export the network."""
 
 from collections.abc import Mapping
 
@@ -14,15 +14,15 @@ from train_examples.port_resnet.convert import CLASSES, check, size, to_flax
 from train_examples.port_resnet.flax_model import ResNet18
 from train_examples.port_resnet.weights import StateDict, as_dtype, lively, read
 
-# In float64, eps is 2e-16. The sums have up to some thousand terms, and twenty layers pass their
-# rounding on, there and back, each by a few times.
+# In float64, eps is 2e-16. Sums have up to some thousand terms, and each of twenty layers amplifies
+# the rounding of those before it a few times, forward and backward.
 FLOAT64_TOLERANCE = 1e-10
-# The same of a folded network in float32, there alone.
+# For a folded network, which is compared in float32 and in the forward pass alone.
 FOLDED_TOLERANCE = 1e-4
 
 
 def run(config: Config, console: Console) -> None:
-    """Compares, folds and exports; a UserError where the frameworks differ."""
+    """Compare, fold and export the network; raise a `UserError` if the frameworks differ."""
     if config.state_dict is None:
         state_dict = lively(config.width or WIDTH, CLASSES, config.seed)
     else:
@@ -31,15 +31,15 @@ def run(config: Config, console: Console) -> None:
     batch = random_batch(config.batch_size, config.image_size, size(state_dict)[1], config.seed)
     comparisons = compare(state_dict, batch)
     console.print(table(comparisons))
-    # NaN is not within it either.
-    apart = [k for k, c in comparisons.items() if not c.float64_difference <= FLOAT64_TOLERANCE]
-    if apart:
-        raise UserError(f"the frameworks differ in float64: {', '.join(apart)}.")
+    # Written so that NaN counts as a difference.
+    different = [k for k, c in comparisons.items() if not c.float64_difference <= FLOAT64_TOLERANCE]
+    if different:
+        raise UserError(f"the frameworks differ in float64: {', '.join(different)}.")
     fold_and_export(state_dict, batch, config, console)
 
 
 def fold_and_export(state_dict: StateDict, batch: Batch, config: Config, console: Console) -> None:
-    """Folds the network in float32, exports it, and calls what it reads back from the file."""
+    """Fold the network in float32, export it to a file, read it back and compare the logits."""
     variables = to_flax(as_dtype(state_dict, np.float32))
     images = np.asarray(batch.images, np.float32)
     whole = deploy.evaluation(ResNet18(*size(state_dict)), variables)
@@ -55,7 +55,7 @@ def fold_and_export(state_dict: StateDict, batch: Batch, config: Config, console
         raise UserError("the folded network differs from the whole one.")
 
     deploy.write(folded, config.image_size, config.out)
-    # Of another batch size than what was compared, as the file is for any.
+    # The exported network takes any batch size, so it is called with another one.
     fewer = images[1:]
     exported, wanted = deploy.read(config.out)(fewer), folded(fewer)
     difference = distance([np.asarray(exported)], [np.asarray(wanted)])
@@ -68,7 +68,7 @@ def fold_and_export(state_dict: StateDict, batch: Batch, config: Config, console
 
 
 def table(comparisons: Mapping[str, Comparison]) -> Table:
-    """What `compare` found: one row for each kind of result."""
+    """Return the table of the comparisons, with one row for each kind of result."""
     rows = Table(
         title="Largest differences, relative to each array's largest value",
         caption="errors: differences from PyTorch's results in float64",
@@ -82,5 +82,5 @@ def table(comparisons: Mapping[str, Comparison]) -> Table:
 
 
 def short(difference: float) -> str:
-    """A difference in a few letters."""
+    """Return a difference as short text."""
     return f"{difference:.0e}" if difference else "0"

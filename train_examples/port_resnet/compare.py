@@ -1,4 +1,4 @@
-"""One network in two frameworks: how far its outputs, gradients and statistics are apart."""
+"""The differences of outputs, gradients and statistics of one network in two frameworks."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -13,22 +13,23 @@ from train_examples.port_resnet import flax_model, torch_model
 from train_examples.port_resnet.convert import size, to_flax
 from train_examples.port_resnet.weights import StateDict, as_dtype
 
-# What is compared, in Flax's layout: arrays of each row of the table.
+# The arrays that are compared in each row of the table, in Flax's layout.
 Results = Mapping[str, list[np.ndarray]]
 
 
 class Batch(NamedTuple):
-    """Images, (N, height, width, 3), and the gradient of a loss by their logits."""
+    """Images, (N, height, width, 3), and the gradient of a loss with respect to their logits."""
 
     images: np.ndarray
     cotangent: np.ndarray
 
     def astype(self, dtype: DTypeLike) -> "Batch":
+        """Return the batch in another dtype."""
         return Batch(self.images.astype(dtype), self.cotangent.astype(dtype))
 
 
 class Comparison(NamedTuple):
-    """One row of the table: differences between the frameworks, and from the truth."""
+    """One row of the table: the difference in float64, and the errors in float32."""
 
     float64_difference: float
     error_of_torch: float
@@ -36,7 +37,7 @@ class Comparison(NamedTuple):
 
 
 def random_batch(number: int, image_size: int, classes: int, seed: int) -> Batch:
-    """A batch of values that float32 has, in float64."""
+    """Return a float64 batch of values that float32 represents exactly."""
     rng = np.random.default_rng(seed)
     images = rng.normal(size=(number, image_size, image_size, 3))
     batch = Batch(images, rng.normal(size=(number, classes)))
@@ -44,7 +45,7 @@ def random_batch(number: int, image_size: int, classes: int, seed: int) -> Batch
 
 
 def compare(state_dict: StateDict, batch: Batch) -> dict[str, Comparison]:
-    """The differences in float64, and both frameworks' errors in float32 against it."""
+    """Compare both frameworks in float64, and each in float32 with PyTorch in float64."""
     theirs, ours = run_both(state_dict, batch, np.float64)
     theirs32, ours32 = run_both(state_dict, batch, np.float32)
     columns = (distances(ours, theirs), distances(theirs32, theirs), distances(ours32, theirs))
@@ -52,7 +53,7 @@ def compare(state_dict: StateDict, batch: Batch) -> dict[str, Comparison]:
 
 
 def run_both(state_dict: StateDict, batch: Batch, dtype: DTypeLike) -> tuple[Results, Results]:
-    """PyTorch's results and Flax's, computed in a dtype."""
+    """Return PyTorch's results and Flax's, computed in a dtype."""
     state_dict, batch = as_dtype(state_dict, dtype), batch.astype(dtype)
     with jax.enable_x64(True):
         model = flax_model.ResNet18(*size(state_dict))
@@ -61,7 +62,7 @@ def run_both(state_dict: StateDict, batch: Batch, dtype: DTypeLike) -> tuple[Res
 
 
 def run_flax(model: flax_model.ResNet18, variables: Mapping[str, Any], batch: Batch) -> Results:
-    """An evaluation, then a training step."""
+    """Return the results of an evaluation and a training step in Flax."""
 
     @jax.jit
     def step(variables: Mapping[str, Any], batch: Batch) -> tuple[Any, ...]:
@@ -77,13 +78,13 @@ def run_flax(model: flax_model.ResNet18, variables: Mapping[str, Any], batch: Ba
 
 
 def run_torch(model: torch_model.ResNet18, batch: Batch) -> Results:
-    """An evaluation, then a training step, which moves the model's statistics."""
+    """Return the results of an evaluation and a training step, which updates the statistics."""
     images = torch.tensor(batch.images.transpose(0, 3, 1, 2), requires_grad=True)
     with torch.no_grad():
         evaluation = model.eval()(images)
     y = model.train()(images)
     y.backward(torch.tensor(batch.cotangent))
-    # Gradients in place of the parameters make a state dict, which goes the way of weights.
+    # Gradients under the parameters' names form a state dict, which is converted like weights.
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     after = {name: v.numpy() for name, v in {**model.state_dict(), **gradients}.items()}
     variables = to_flax(after)
@@ -94,18 +95,18 @@ def run_torch(model: torch_model.ResNet18, batch: Batch) -> Results:
 
 
 def distances(values: Results, truth: Results) -> dict[str, float]:
-    """The largest difference in each row, of each array relative to its largest value."""
+    """Return the largest difference in each row, relative to each array's largest value."""
     return {row: distance(values[row], truth[row]) for row in truth}
 
 
 def distance(values: Iterable[np.ndarray], truth: Iterable[np.ndarray]) -> float:
-    """The largest difference between two lists of arrays, each relative to its largest value."""
+    """Return the largest difference between arrays, relative to each array's largest value."""
 
     def one(a: np.ndarray, b: np.ndarray) -> float:
-        # Float64 subtracts in place of float32, whose difference from it is what is asked for.
+        # Subtract in float64: in float32 the subtraction would round as well.
         return float(np.max(np.abs(a.astype(np.float64) - b)) / np.max(np.abs(b)))
 
-    # NumPy's maximum: Python's passes over NaN.
+    # NumPy's maximum, as Python's can ignore NaN.
     return float(np.max([one(a, b) for a, b in zip(values, truth, strict=True)]))
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's state dict as Flax's variables."""
+"""The conversion of PyTorch's state dict to Flax's variables."""
 
 import re
 from typing import Any
@@ -12,15 +12,15 @@ from train_examples.port_resnet.torch_model import entries
 from train_examples.port_resnet.weights import StateDict
 
 CLASSES = 1000
-# Between PyTorch's order of axes and Flax's: output, input, height, width; and height, width,
-# input, output. A dense layer has the first two.
+# From PyTorch's order of axes to Flax's, by the number of axes: (output, input, height, width) to
+# (height, width, input, output), and (output, input) to (input, output).
 TRANSPOSED = {4: (2, 3, 1, 0), 2: (1, 0)}
-# Problems that an error lists.
+# An error lists at most this many problems.
 SHOWN = 10
 
 
 def to_flax(state_dict: StateDict) -> dict[str, Any]:
-    """The variables of `flax_model.ResNet18` for a state dict of `torch_model.ResNet18`."""
+    """Return the variables of `flax_model.ResNet18` for a state dict of `torch_model.ResNet18`."""
     check(state_dict)
     params, batch_stats = {}, {}
     for name, (norm_params, state) in batch_norms_from_torch(state_dict).items():
@@ -34,12 +34,12 @@ def to_flax(state_dict: StateDict) -> dict[str, Any]:
 
 
 def path(name: str) -> tuple[str, ...]:
-    """Where the module lies in Flax: `layer1.0.conv1` at `("layer1_0", "conv1")`."""
+    """Return the path of a module in Flax: `("layer1_0", "conv1")` for `layer1.0.conv1`."""
     return tuple(re.sub(r"\.(\d+)", r"_\1", name).split("."))
 
 
 def size(state_dict: StateDict) -> tuple[int, int]:
-    """The width and the number of classes of the network that a state dict is of."""
+    """Return the width and the number of classes of the network that a state dict belongs to."""
 
     def rows(name: str, default: int) -> int:
         return len(state_dict[name]) if name in state_dict and state_dict[name].ndim else default
@@ -48,7 +48,7 @@ def size(state_dict: StateDict) -> tuple[int, int]:
 
 
 def check(state_dict: StateDict) -> None:
-    """Refuses what is no state dict of a ResNet-18, and says where it differs from one."""
+    """Raise a `WeightsError` that lists where a state dict differs from that of a ResNet-18."""
     wanted = entries(*size(state_dict))
     problems = [f"{name} is missing" for name in wanted if name not in state_dict]
     problems += [f"{name} is not of this network" for name in state_dict if name not in wanted]

@@ -1,4 +1,4 @@
-"""The network for use: normalizations folded into the convolutions, exported to a file."""
+"""Deployment: fold normalizations into the convolutions, and export the network to a file."""
 
 import os
 import time
@@ -16,12 +16,12 @@ from jaxbn.inference import fold_linen
 from train_examples.common.errors import UserError
 from train_examples.port_resnet.flax_model import ResNet18
 
-# From images to logits, compiled.
+# A compiled function from images to logits.
 Network = jax.stages.Wrapped
 
 
 def pairs(variables: Mapping[str, Any]) -> dict[str, str]:
-    """The convolution before each batch norm, by their paths."""
+    """Return the path of the batch norm after each convolution, by the path of the convolution."""
     norms = {"/".join(path[:-1]) for path in flatten_dict(variables["batch_stats"])}
 
     def conv(norm: str) -> str:
@@ -31,17 +31,20 @@ def pairs(variables: Mapping[str, Any]) -> dict[str, str]:
 
 
 def folded(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of the network that is built with `folded=True`."""
+    """Return the variables of the network that is built with `folded=True`."""
     return fold_linen(variables, pairs(variables))
 
 
 def evaluation(model: ResNet18, variables: Mapping[str, Any]) -> Network:
-    """The network in evaluation, with its weights in it."""
+    """Return the compiled network in evaluation, with its weights as constants."""
     return jax.jit(lambda images: model.apply(variables, images, False))
 
 
 def write(network: Network, image_size: int, path: Path) -> None:
-    """Exports a network, for batches of any size, to a file: all of it or nothing."""
+    """Export a network, for batches of any size, to a file.
+
+    Raises a `UserError` if the file cannot be written, and then leaves an existing file unchanged.
+    """
     shape = export.symbolic_shape(f"batch, {image_size}, {image_size}, 3")
     exported = export.export(network)(jax.ShapeDtypeStruct(shape, jnp.float32))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -57,12 +60,12 @@ def write(network: Network, image_size: int, path: Path) -> None:
 
 
 def read(path: Path) -> Network:
-    """The network in a file that `write` wrote. It needs JAX alone."""
+    """Return the network in a file that `write` wrote. Reading it needs JAX alone."""
     return jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
 
 
 def milliseconds(network: Network, images: np.ndarray, repeats: int = 10) -> float:
-    """The least time that a call takes once it is compiled."""
+    """Return the shortest time of several calls, without the compilation."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The same network in Flax. Each module has PyTorch's name, with `_` before a number for a dot."""
+"""ResNet-18 in Flax. Module names are PyTorch's, with `_` in place of the dot before a number."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ Norm = Callable[..., Callable[[jax.Array], jax.Array]]
 
 
 class Block(nn.Module):
-    """Two convolutions of 3 x 3 beside a shortcut, which is a projection where shapes change."""
+    """Two 3 x 3 convolutions and a shortcut, which is a projection if the shape changes."""
 
     features: int
     strides: int
@@ -33,12 +33,12 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Logits of images, (N, height, width, 3).
+    """A network that returns the logits of images, (N, height, width, 3).
 
     Attributes:
       width: the number of channels of the first stage.
       classes: the number of logits.
-      folded: whether the convolutions have biases in place of the normalizations after them.
+      folded: whether the convolutions have biases instead of normalizations after them.
     """
 
     width: int
@@ -51,7 +51,7 @@ class ResNet18(nn.Module):
         if not self.folded:
             norm = partial(BatchNorm, use_running_average=not train, **jaxbn.PYTORCH)
         x = _conv_norm(images, self.width, 7, 2, norm, ("conv1", "bn1"))
-        # Padded with minus infinity, as in PyTorch; PyTorch pads evenly where "SAME" does not.
+        # Flax pads with minus infinity, as PyTorch does. PyTorch pads evenly, unlike "SAME".
         padding: Any = ((1, 1), (1, 1))
         x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), padding)
         for stage in range(4):
@@ -70,6 +70,7 @@ def _conv_norm(
     norm: Norm | None,
     names: tuple[str, str],
 ) -> jax.Array:
+    """Apply a convolution and its normalization, or a folded convolution if `norm` is None."""
     padding = ((kernel // 2, kernel // 2),) * 2
     conv = partial(nn.Conv, features, (kernel, kernel), strides, padding, name=names[0])
     if norm is None:

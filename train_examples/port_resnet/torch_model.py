@@ -1,6 +1,6 @@
 """ResNet-18 in PyTorch (He et al., "Deep Residual Learning for Image Recognition", 2015).
 
-Its parameters have the names that torchvision's have, so that weights in those names fit.
+Its parameters have torchvision's names, so that torchvision's weights fit.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class Block(nn.Module):
-    """Two convolutions of 3 x 3 beside a shortcut, which is a projection where shapes change."""
+    """Two 3 x 3 convolutions and a shortcut, which is a projection if the shape changes."""
 
     def __init__(self, inputs: int, features: int, stride: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Logits of images, (N, 3, height, width)."""
+    """A network that returns the logits of images, (N, 3, height, width)."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class ResNet18(nn.Module):
 
 
 def entries(width: int, classes: int) -> dict[str, tuple[int, ...]]:
-    """The names and shapes in the network's state dict."""
+    """Return the names and shapes of the entries of the network's state dict."""
     with torch.device("meta"):
         return {k: tuple(v.shape) for k, v in ResNet18(width, classes).state_dict().items()}
 
 
 def load(state_dict: Mapping[str, np.ndarray]) -> ResNet18:
-    """The network with these weights, of their dtype."""
+    """Return the network with these weights, in their dtype."""
     classes, _ = state_dict["fc.weight"].shape
     model = ResNet18(len(state_dict["conv1.weight"]), classes)
     tensors = {name: torch.tensor(value) for name, value in state_dict.items()}

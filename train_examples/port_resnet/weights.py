@@ -1,4 +1,4 @@
-"""Where the weights come from: a random generator, or a file."""
+"""The weights of the network: random ones, or those of a file."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from train_examples.port_resnet.config import WeightsError
 from train_examples.port_resnet.torch_model import entries
 
-# A state dict in float64, which holds every narrower value exactly.
+# A state dict. Floating-point values are read as float64, which is exact for narrower types.
 StateDict = Mapping[str, np.ndarray]
 
 
 def lively(width: int, classes: int, seed: int) -> StateDict:
-    """Random weights and statistics, none of which is 0 or 1, as a new network's would be."""
+    """Return random weights and statistics, none of which is 0 or 1 as in a new network."""
     rng = np.random.default_rng(seed)
 
     def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -34,12 +34,15 @@ def lively(width: int, classes: int, seed: int) -> StateDict:
 
     shapes = entries(width, classes)
     values = {name: np.asarray(value(name, shape)) for name, shape in shapes.items()}
-    # Values that float32 has, so that both precisions compute with the same ones.
+    # Round to float32, so that both precisions compute with the same values.
     return as_dtype(as_dtype(values, np.float32), np.float64)
 
 
 def read(path: Path) -> StateDict:
-    """The weights in a file, without running what is in it."""
+    """Return the weights in a file. No code in the file is run.
+
+    Raises a `WeightsError` if the file does not hold a dict of dense tensors by their names.
+    """
     readers = {".safetensors": load_file, ".pt": _load_pickle, ".pth": _load_pickle}
     if path.suffix not in readers:
         endings = ", ".join(readers)
@@ -53,28 +56,27 @@ def read(path: Path) -> StateDict:
     # A damaged file can raise nearly anything.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"--state-dict {path} is damaged, or no state dict: {reason}") from None
+        text = f"--state-dict {path} is damaged, or is not a state dict: {reason}"
+        raise WeightsError(text) from None
     if not isinstance(tensors, dict) or not all(
         isinstance(v, torch.Tensor) for v in tensors.values()
     ):
-        raise WeightsError(
-            f"--state-dict {path} must hold a dict of tensors, by their names, alone."
-        )
+        raise WeightsError(f"--state-dict {path} must hold only a dict of tensors by their names.")
     for name, tensor in tensors.items():
         _check_tensor(f"--state-dict {path}", name, tensor)
-    # PyTorch before 0.4.1 did not count batches.
+    # PyTorch before 0.4.1 saved no counts of batches.
     norms = [name.removesuffix("running_var") for name in tensors if name.endswith("running_var")]
     counts = {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
     return {name: _values(v) for name, v in {**counts, **tensors}.items()}
 
 
 def as_dtype(state_dict: StateDict, dtype: DTypeLike) -> StateDict:
-    """The same with values, but not counts, of a dtype."""
+    """Return the state dict with its values, but not its counts, converted to a dtype."""
     return {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in state_dict.items()}
 
 
 def _check_tensor(file: str, name: object, tensor: torch.Tensor) -> None:
-    """Refuse a tensor without a name, or without values that NumPy can hold."""
+    """Raise a `WeightsError` for a tensor without a name, or that NumPy cannot hold."""
     if not isinstance(name, str):
         raise WeightsError(f"{file} must hold tensors by their names, got the key {name!r}.")
     kinds = {
@@ -83,15 +85,15 @@ def _check_tensor(file: str, name: object, tensor: torch.Tensor) -> None:
         "quantized": (tensor.is_quantized, "save what its dequantize() returns"),
         "sparse": (tensor.layout != torch.strided, "save what its to_dense() returns"),
     }
-    for kind, (is_kind, cure) in kinds.items():
+    for kind, (is_kind, remedy) in kinds.items():
         if is_kind:
-            raise WeightsError(f"{file} must hold dense tensors, got a {kind} {name}: {cure}.")
+            raise WeightsError(f"{file} must hold dense tensors, got a {kind} {name}: {remedy}.")
     try:
         _values(tensor)
     except Exception:
         raise WeightsError(
-            f"{file} must hold tensors of a dtype that NumPy has, or can be made of, got "
-            f"{tensor.dtype} for {name}."
+            f"{file} must hold tensors of a dtype that NumPy can hold, got {tensor.dtype} for "
+            f"{name}."
         ) from None
 
 
@@ -101,7 +103,7 @@ def _values(tensor: torch.Tensor) -> np.ndarray:
 
 def _load_pickle(path: Path) -> object:
     with warnings.catch_warnings():
-        # PyTorch warns of kinds of tensors that it will not have some day.
+        # PyTorch warns of kinds of tensors that it is going to remove.
         warnings.simplefilter("ignore")
-        # `weights_only` refuses whatever a pickle could call but what builds tensors.
+        # `weights_only` refuses every call in a pickle except those that build tensors.
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""The command: runs experiments, prints their tables and what they contradict, draws pictures."""
+"""The command: run experiments, print their tables and verdicts, and draw their pictures."""
 
 import argparse
 import sys
@@ -30,7 +30,7 @@ QUESTIONS = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a command line; exits with a message where they are wrong."""
+    """Return the options of a command line, or exit with a message if one is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m train_examples.questions",
         description="Answers questions about batch normalization by experiments on the digits.",
@@ -38,10 +38,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="\n".join(f"  {number}  {text}" for number, (_, text) in QUESTIONS.items()),
     )
     add = parser.add_argument
-    add("questions", nargs="*", type=int, metavar="question", help="1 to 6; all, if none is named")
+    add("questions", nargs="*", type=int, metavar="question", help="1 to 6 (default: all)")
     add("--out", type=Path, default=Path("out/questions"), help="folder for the pictures")
     add("--seeds", type=int, default=Settings().seeds, help="runs of each kind (default: 3)")
-    add("--quick", action="store_true", help="only see that everything works")
+    add("--quick", action="store_true", help="only check that everything works")
     args = parser.parse_args(argv)
 
     unknown = sorted(set(args.questions) - set(QUESTIONS))
@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[int, Any]:
-    """Runs the command line `argv`: each question's result."""
+    """Run the command line `argv`, and return the result of each question."""
     args = parse_args(argv)
     settings = Settings(args.seeds, args.quick)
     # Wide enough for every table, wherever it is printed.
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, Any]:
 
 
 def answer(number: int, settings: Settings, out: Path, console: Console) -> Any:
-    """Runs the experiment of one question: its result."""
+    """Run the experiment of one question, print its verdicts, and return its result."""
     experiment, text = QUESTIONS[number]
     console.print(f"\n{number}. {text}\n", style="bold")
     start = time.perf_counter()
@@ -80,7 +80,7 @@ def answer(number: int, settings: Settings, out: Path, console: Console) -> Any:
     for table in experiment.tables(result):
         console.print(table)
     if settings.quick:
-        console.print("This was --quick, which is too small to answer anything.")
+        console.print("Note: --quick runs are too small to answer the question.")
     for verdict in experiment.verdicts(result):
         console.print(f"- {verdict}", soft_wrap=True, highlight=False)
     path = out / f"{experiment.__name__.rsplit('.', 1)[-1]}.png"

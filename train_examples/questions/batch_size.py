@@ -1,13 +1,13 @@
 """6. How does batch size relate to its regularizing effect?
 
-The mean of a batch of N is the mean of all plus noise of variance proportional to 1 / N: each image
-is normalized by statistics that depend on its company, which acts like noise that is injected into
-every layer. Smaller batches have more of it, and up to a point generalize better. Batch size also
-sets the noise of the gradient, and few images in both only hurt. Ghost batches (statistics over N,
-one gradient over all) have the first noise without the second.
+The mean of a batch of N images is the mean of all images plus noise, whose variance is proportional
+to 1 / N. Each image is normalized by statistics that depend on the other images in its batch, which
+acts like noise in every layer. Smaller batches have more of it and, up to a point, generalize
+better. The batch size also sets the noise of the gradient, and too few images for both only hurt.
+Ghost batches (statistics of N images, one gradient of all) have the first noise without the second.
 
-What would have contradicted it: noise that does not fall like 1 / N; a gap between test and
-training loss that ghost batches leave as it is.
+Predictions: the noise falls like 1 / N; ghost batches reduce the gap between test and training
+loss, and the noise of the gradient alone reduces it less.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from train_examples.digits.train import TrainState
 from train_examples.questions import common, drawing, noise
 from train_examples.questions.common import Settings, Verdict
 
-# The whole training set of these networks, small enough to be learned by heart.
+# The size of these networks' training set, small enough to overfit.
 WHOLE = 128
 SIZES = (4, 8, 16, 32, 64)
 ARMS = ("statistics and gradient", "statistics: ghost batches", "gradient")
@@ -40,11 +40,12 @@ class Result(NamedTuple):
     """What was measured.
 
     Attributes:
-      noise_at, noise, law: as of `noise.Noise`.
-      sizes: N.
-      train_loss, test_loss, accuracy: of networks where N images make what an arm says, and all
-        make the rest, (arms, sizes, seeds); on their training set, and on the test set.
-      whole: the same three of networks where all images make both, (3, seeds).
+      noise_at, noise, law: the fields of `noise.Noise`.
+      sizes: the values of N.
+      train_loss, test_loss, accuracy: the scores of networks on their training set, and on the test
+        set, (arms, sizes, seeds). An arm says what is computed from N images; the rest is computed
+        from all.
+      whole: the same three scores where both are computed from all images, (3, seeds).
     """
 
     noise_at: np.ndarray
@@ -58,7 +59,7 @@ class Result(NamedTuple):
 
 
 def run(settings: Settings) -> Result:
-    """Measures the noise, then trains with either noise, both and none."""
+    """Measure the noise, then train networks with either kind of noise, both and neither."""
     seeds = range(settings.seeds)
     found = noise.noise(np.array(settings.pick(noise.SIZES, (16, 64))), settings.seeds)
     sizes = np.array(settings.pick(SIZES, (8, 32)))
@@ -75,9 +76,11 @@ def run(settings: Settings) -> Result:
         arm, row, seed = index
         size = int(sizes[row])
         model = ghosts[row] if arm == 1 else plain
-        # The images that are normalized together, or in ghost batches; those of them that count.
+        # How many images form a batch, and how many of them count in the loss.
         together, counted = (size, size) if arm == 0 else (WHOLE, size if arm == 2 else WHOLE)
-        state = _train(common.start(model, seed, RATE), steps, seed, together, counted)
+        # Ghost batches do not change the initial state, so all networks share a compiled start.
+        state = common.start(plain, seed, RATE).replace(apply_fn=model.apply)
+        state = _train(state, steps, seed, together, counted)
         scores[:, *index] = evaluate(state, seed)
     whole = [
         evaluate(_train(common.start(plain, seed, RATE), steps, seed, WHOLE, WHOLE), seed)
@@ -88,7 +91,7 @@ def run(settings: Settings) -> Result:
 
 
 def subset(seed: int) -> np.ndarray:
-    """The training set of a seed, as indices."""
+    """Return the indices of the training set of a seed."""
     return np.random.default_rng(seed).permutation(len(common.digits().train_images))[:WHOLE]
 
 
@@ -96,7 +99,7 @@ def subset(seed: int) -> np.ndarray:
 def _step(
     state: TrainState, images: ArrayLike, labels: ArrayLike, weights: ArrayLike
 ) -> TrainState:
-    """A step on the weighted mean of the images' losses."""
+    """Take a step on the weighted mean of the images' losses."""
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
         losses, (_, statistics) = forward(params, state.batch_stats, state.apply_fn, images, labels)
@@ -107,9 +110,9 @@ def _step(
 
 
 def _train(state: TrainState, steps: int, seed: int, together: int, counted: int) -> TrainState:
-    """Normalizes so many images together, and learns from the first of them.
+    """Train on batches of `together` images, of which the first `counted` count in the loss.
 
-    The rate falls to zero, so that what is compared is where a noise led, not its last kick.
+    The learning rate falls to zero, so that the noise of the last steps has little effect.
     """
     own = subset(seed)
     images, labels = common.digits().train_images[own], common.digits().train_labels[own]
@@ -121,19 +124,20 @@ def _train(state: TrainState, steps: int, seed: int, together: int, counted: int
 
 
 def _evaluation(model: ConvNet) -> Callable[[TrainState, int], tuple[float, float, float]]:
-    """Training loss, test loss and accuracy, by the statistics of the whole training set.
+    """Return a function of a state and a seed: training loss, test loss and test accuracy.
 
-    They are exact, so that the noise of moving averages does not enter.
+    The function uses the exact statistics of the whole training set, so that the noise of moving
+    averages has no effect.
     """
-    forgetful = ConvNet(widths=model.widths, norm=partial(pytorch_norm, momentum=0.0))
-    exact = jax.jit(partial(forgetful.apply, train=True, mutable=["batch_stats"]))
+    without_memory = ConvNet(widths=model.widths, norm=partial(pytorch_norm, momentum=0.0))
+    exact = jax.jit(partial(without_memory.apply, train=True, mutable=["batch_stats"]))
 
     def evaluate(state: TrainState, seed: int) -> tuple[float, float, float]:
         own = subset(seed)
         images, labels = common.digits().train_images[own], common.digits().train_labels[own]
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         statistics = exact(variables, images)[1]["batch_stats"]
-        # In evaluation ghost batches play no part, and one compiled function serves all networks.
+        # Ghost batches do not matter in evaluation, so one compiled function serves all networks.
         state = state.replace(apply_fn=model.apply, batch_stats=statistics)
         test = common.test_score(state)
         return common.score(state, images, labels).loss, test.loss, test.accuracy
@@ -142,52 +146,50 @@ def _evaluation(model: ConvNet) -> Callable[[TrainState, int], tuple[float, floa
 
 
 def gap(result: Result) -> np.ndarray:
-    """Test loss less training loss, over that of the whole batch with the same seed."""
+    """Return test loss minus training loss, over that of the whole batch with the same seed."""
     return (result.test_loss - result.train_loss) / (result.whole[1] - result.whole[0])
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """What would have contradicted the answer."""
+    """Compare the predictions with what was measured."""
     gaps = gap(result)
     ghost, gradient = gaps[1].mean(-1), gaps[2].mean(-1)
-    least = int(np.argmin(ghost))
+    smallest = int(np.argmin(ghost))
     errors = 1 - result.accuracy[1].mean(-1)
     best = int(np.argmin(errors))
     whole = 1 - result.whole[2].mean()
     p = noise.exponent(noise.Noise(result.noise_at, result.noise, result.law))
     return [
+        Verdict("noise falls like 1 / N", f"like N to the {p:.3f}", abs(p + 1) <= 0.05),
         Verdict(
-            abs(p + 1) > 0.05, "noise did not fall like 1 / N", f"it falls like N to the {p:.3f}"
+            "some size of ghost batches has a smaller gap than the whole batch in every seed",
+            f"{common.spread(gaps[1, smallest], '.2f')} of it at {result.sizes[smallest]}",
+            bool(gaps[1, smallest].max() < 1),
         ),
         Verdict(
-            bool(gaps[1, least].max() >= 1),
-            "no size of ghost batches had a smaller gap than the whole batch in every seed",
-            f"{common.spread(gaps[1, least], '.2f')} of it at {result.sizes[least]}",
+            "the gap is smaller with the smallest ghost batches than with the largest",
+            f"{ghost[0]:.2f} and {ghost[-1]:.2f} of the whole batch's",
+            bool(ghost[0] < ghost[-1]),
         ),
         Verdict(
-            bool(ghost[0] >= ghost[-1]),
-            "the gap were not smaller with the smallest ghost batches than with the largest",
-            f"{ghost[0]:.2f} against {ghost[-1]:.2f} of the whole batch's",
+            "the gradient's noise alone leaves a larger gap than ghost batches",
+            f"{gradient.min():.2f} and {ghost.min():.2f} of the whole batch's at best",
+            bool(gradient.min() > ghost.min()),
         ),
         Verdict(
-            bool(gradient.min() <= ghost.min()),
-            "the gradient's noise alone made the gap as small",
-            f"{gradient.min():.2f} against {ghost.min():.2f} of it at best",
-        ),
-        Verdict(
-            bool(errors[best] >= whole),
-            "no size of ghost batches had fewer test errors than the whole batch",
-            f"{errors[best]:.1%} at {result.sizes[best]} against {whole:.1%}",
+            "some size of ghost batches has fewer test errors than the whole batch",
+            f"{errors[best]:.1%} at {result.sizes[best]}, and {whole:.1%}",
+            bool(errors[best] < whole),
         ),
     ]
 
 
 def tables(result: Result) -> list[Table]:
-    """The noise, then the networks."""
+    """Return the table of the noise, and one of the networks of each arm."""
     rows = zip(result.noise_at, result.noise, result.law, strict=True)
     of_noise = drawing.table(
-        "Variance of a batch's mean over an image's, mean (least to largest of the seeds)",
-        ("N", "measured", "by law"),
+        "Variance of a batch's mean over an image's, mean (smallest to largest of the seeds)",
+        ("N", "measured", "predicted"),
         [(str(n), common.spread(a, ".4f"), f"{b:.4f}") for n, a, b in rows],
     )
     columns = ("N", "training loss", "test loss", "gap over the whole batch's", "test accuracy")
@@ -210,18 +212,18 @@ def tables(result: Result) -> list[Table]:
         train, test, accuracy = result.whole
         rows.append(
             (
-                f"{WHOLE}, the whole",
+                f"{WHOLE}, the whole batch",
                 *(common.spread(v, ".3f") for v in (train, test)),
                 "1",
                 common.spread(accuracy, ".1%"),
             )
         )
-        networks.append(drawing.table(f"N images make: {name}", columns, rows))
+        networks.append(drawing.table(f"Computed from N images: {name}", columns, rows))
     return [of_noise, *networks]
 
 
 def plot(result: Result) -> Figure:
-    """The noise, the gap, the errors."""
+    """Plot the noise, the gap and the test errors against N."""
     figure, (left, middle, right) = drawing.panels(3)
     drawing.band(left, result.noise_at.tolist(), result.noise, 0, "measured")
     left.plot(result.noise_at, result.law, color="black", linewidth=0.8, label="law")

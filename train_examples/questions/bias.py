@@ -1,12 +1,13 @@
 """3. Is a bias needed in the layer before?
 
-No. What is added to a feature everywhere is in its mean, and goes with it: in training the output
-does not depend on the bias, whose gradient is zero. The normalization's own bias does what it
-would do. In evaluation, with the moving averages held fixed, the bias does count.
+No. A constant that is added to a feature everywhere is part of its mean, and is subtracted with it.
+In training the output does not depend on the bias, and the gradient of the bias is zero. The
+normalization's own bias replaces it. In evaluation, where the moving averages are fixed, the output
+does depend on the bias.
 
-What would have contradicted it: a gradient above rounding; training with biases ending at another
-function than training without, by more than rounding explains. How far rounding alone carries is
-measured by a third run, whose first kernel differs from the others' in the last digit.
+Predictions: in training the gradient of the bias is zero up to rounding, and in evaluation it is
+not; training with biases and training without reach the same function up to rounding. A third run,
+whose first kernel differs from the others' in the last digit, measures the effect of rounding.
 """
 
 from functools import partial
@@ -35,38 +36,38 @@ class Result(NamedTuple):
     """What was measured.
 
     Attributes:
-      gradient: the largest gradient of a bias over the largest of a kernel, of networks with batch
-        norm in training, of those in evaluation, and of those without batch norm; (3, seeds),
-        float64.
-      steps: after which the functions were compared.
-      apart: the largest difference of test logits from a run without biases, over the largest
-        logit, (dtypes, what differs, steps, seeds); what differs are biases, or the last digit of a
-        kernel.
+      gradient: the largest gradient of a bias over the largest gradient of a kernel, in float64:
+        with batch norm in training, with batch norm in evaluation, and without batch norm,
+        (3, seeds).
+      steps: the numbers of steps after which the functions were compared.
+      difference: the largest difference of test logits from a run without biases, over the largest
+        logit, (dtypes, changes, steps, seeds). The changes are: with biases, and with another last
+        digit in a kernel.
     """
 
     gradient: np.ndarray
     steps: np.ndarray
-    apart: np.ndarray
+    difference: np.ndarray
 
 
 def run(settings: Settings) -> Result:
-    """Gradients, then trainings in pairs."""
+    """Measure the gradients of biases, then compare trainings with and without biases."""
     seeds = range(settings.seeds)
     with jax.enable_x64(True):
         gradient = np.array([_gradients(settings, seed) for seed in track(seeds, "3: gradients")]).T
     steps = np.unique(np.linspace(0, settings.epochs(5), settings.pick(POINTS, 2) + 1).astype(int))
     models = [ConvNet(widths=settings.widths, use_bias=with_bias) for with_bias in (False, True)]
     dtypes = settings.pick(DTYPES, DTYPES[:1])
-    apart = np.empty((len(dtypes), 2, len(steps), settings.seeds))
+    difference = np.empty((len(dtypes), 2, len(steps), settings.seeds))
     for row, dtype in enumerate(dtypes):
         with jax.enable_x64(dtype == "float64"):
             for seed in track(seeds, f"3: trainings in {dtype}"):
-                apart[row, ..., seed] = _differences(models, dtype, steps, seed)
-    return Result(gradient, steps, apart)
+                difference[row, ..., seed] = _differences(models, dtype, steps, seed)
+    return Result(gradient, steps, difference)
 
 
 def with_biases(state: TrainState, seed: int) -> TrainState:
-    """The state with convolutions' biases drawn at random, as zeros could hide what they do."""
+    """Return the state with random biases in the convolutions, as zeros could hide an effect."""
     rng = np.random.default_rng(seed)
 
     def fill(path: Any, leaf: jax.Array) -> jax.Array:
@@ -79,7 +80,7 @@ def with_biases(state: TrainState, seed: int) -> TrainState:
 
 
 def _gradients(settings: Settings, seed: int) -> list[float]:
-    """The largest gradient of a bias over the largest of a kernel: training, evaluation, plain."""
+    """Return the ratios of gradients in `Result.gradient` for one seed."""
     batch = next(common.batches(1, seed))
     images = common.digits().train_images[batch].astype(np.float64)
     labels = common.digits().train_labels[batch]
@@ -97,7 +98,7 @@ def _gradients(settings: Settings, seed: int) -> list[float]:
 
     double = normed.clone(dtype=jnp.float64, norm=partial(pytorch_norm, momentum=0.0))
     training, statistics = ratio(normed, double.apply)
-    # By the very statistics that the batch has, now held fixed.
+    # With the statistics of the same batch, which are now constants.
     evaluation, _ = ratio(normed, partial(_in_evaluation, double), statistics)
     without = common.plain(settings.widths)
     return [training, evaluation, ratio(without, without.clone(dtype=jnp.float64).apply)[0]]
@@ -108,14 +109,14 @@ def _in_evaluation(model: ConvNet, variables: Any, images: jax.Array, **_: Any) 
 
 
 def _differences(models: list[ConvNet], dtype: DTypeLike, steps: np.ndarray, seed: int) -> Any:
-    """How far from the run without biases: with biases, and with another last digit."""
+    """Return the differences from the run without biases, (changes, steps), for one seed."""
     without, with_bias = (model.clone(dtype=jnp.dtype(dtype)) for model in models)
     reference = common.start(without, seed, LEARNING_RATE, dtype=dtype)
     biased = with_biases(common.start(with_bias, seed, LEARNING_RATE, dtype=dtype), seed)
     params: Any = reference.params
     kernel = params["Conv_0"]["kernel"]
     nudged = {**params, "Conv_0": {"kernel": kernel * (1 + jnp.finfo(dtype).eps)}}
-    # The same kernels: the biases' names do not enter the seeds of the others.
+    # A layer's bias does not change the random seed of its kernel.
     np.testing.assert_array_equal(biased.params["Conv_0"]["kernel"], kernel)
     outputs = [
         _outputs(state, steps, seed)
@@ -126,69 +127,59 @@ def _differences(models: list[ConvNet], dtype: DTypeLike, steps: np.ndarray, see
 
 
 def _outputs(state: TrainState, steps: np.ndarray, seed: int) -> np.ndarray:
-    """Logits of the test images after some steps, by the statistics of the images themselves.
+    """Return logits of the test images after each of `steps`, with the images' own statistics.
 
-    The moving averages begin at zero, wherever the biases are, and take time to find them.
+    The moving means start at zero for any biases, and would need time to adapt to them.
     """
-    seen, count = [], 0
+    outputs, count = [], 0
 
     def follow(state: TrainState) -> None:
         nonlocal count
         if count in steps:
-            seen.append(np.asarray(_own_statistics(state, common.digits().test_images)))
+            outputs.append(np.asarray(common.batch_logits(state, common.digits().test_images)))
         count += 1
 
     follow(state)
     common.train(state, int(steps[-1]), seed, follow)
-    return np.array(seen)
-
-
-@jax.jit
-def _own_statistics(state: TrainState, images: jax.Array) -> jax.Array:
-    logits, _ = state.apply_fn(
-        {"params": state.params, "batch_stats": state.batch_stats},
-        images,
-        train=True,
-        mutable=["batch_stats"],
-    )
-    return logits
+    return np.array(outputs)
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """What would have contradicted the answer."""
+    """Compare the predictions with what was measured."""
     training, evaluation, plain = result.gradient
-    # Sums of some thousand terms, each rounded: far below this in float64.
+    # The rounding of sums of some thousand terms is far below this in float64.
     bound = 1e-12
-    biases, nudge = result.apart[:, 0, -1].max(-1), result.apart[:, 1, -1].max(-1)
+    biases, nudge = result.difference[:, :, -1].max(-1).T
     measured = ", ".join(
-        f"{b:.0e} against {n:.0e} in {dtype}"
+        f"{b:.0e} and {n:.0e} in {dtype}"
         for dtype, b, n in zip(DTYPES, biases, nudge, strict=False)
     )
     return [
         Verdict(
-            bool(training.max() > bound),
-            f"a bias had more than {bound:.0e} of a kernel's gradient in float64",
-            f"{training.max():.1e}; without batch norm {plain.min():.1e} at least",
+            f"in training, a bias has at most {bound:.0e} of a kernel's gradient in float64",
+            f"at most {training.max():.1e}; without batch norm at least {plain.min():.1e}",
+            bool(training.max() <= bound),
         ),
         Verdict(
-            bool((biases > 100 * nudge).any()),
-            "the functions parted 100 times further than runs that differ in a last digit",
+            "runs with and without biases differ by at most 100 times as much as runs that start "
+            "with another last digit",
             measured,
+            bool((biases <= 100 * nudge).all()),
         ),
         Verdict(
-            bool(evaluation.max() <= bound),
-            "biases did not count in evaluation either",
-            f"{evaluation.min():.1e} of a kernel's gradient at least",
+            f"in evaluation, a bias has more than {bound:.0e} of a kernel's gradient",
+            f"at least {evaluation.min():.1e}",
+            bool(evaluation.min() > bound),
         ),
     ]
 
 
 def tables(result: Result) -> list[Table]:
-    """Gradients, and differences at the end."""
+    """Return the tables of gradients and of differences between trainings."""
     names = ("batch norm, training", "batch norm, evaluation", "no batch norm")
     gradients = drawing.table(
         "Largest gradient of a bias over that of a kernel, float64",
-        ("network", "mean (least to largest of the seeds)"),
+        ("network", "mean (smallest to largest of the seeds)"),
         [(n, common.spread(g, ".1e")) for n, g in zip(names, result.gradient, strict=True)],
     )
     differences = drawing.table(
@@ -198,10 +189,10 @@ def tables(result: Result) -> list[Table]:
             (
                 dtype,
                 str(step),
-                common.spread(result.apart[row, 0, column], ".1e"),
-                common.spread(result.apart[row, 1, column], ".1e"),
+                common.spread(result.difference[row, 0, column], ".1e"),
+                common.spread(result.difference[row, 1, column], ".1e"),
             )
-            for row, dtype in enumerate(DTYPES[: len(result.apart)])
+            for row, dtype in enumerate(DTYPES[: len(result.difference)])
             for column, step in enumerate(result.steps)
             if column in (0, 1, len(result.steps) - 1)
         ],
@@ -210,9 +201,9 @@ def tables(result: Result) -> list[Table]:
 
 
 def plot(result: Result) -> Figure:
-    """How training with and without parts, as rounding does."""
+    """Plot the difference from the run without biases, beside that of rounding."""
     figure, axes = drawing.panels(2)
-    for ax, dtype, values in zip(axes, DTYPES, result.apart, strict=False):
+    for ax, dtype, values in zip(axes, DTYPES, result.difference, strict=False):
         drawing.band(ax, result.steps.tolist(), values[0], 1, "with random biases")
         drawing.band(ax, result.steps.tolist(), values[1], 0, "a kernel's last digit changed")
         ax.set(title=dtype, xlabel="training step", yscale="log")

@@ -1,4 +1,4 @@
-"""What the experiments share: their size, a small network, short trainings, a verdict."""
+"""What the experiments share: settings, networks, short trainings, scores and verdicts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -21,60 +21,68 @@ T = TypeVar("T")
 
 BATCH_SIZE = 64
 MOMENTUM = 0.9
+# The networks that questions 4 and 5 compare.
+NETWORKS = ("with batch norm", "without")
 CHANCE = float(np.log(10))
-# The accuracy from which a network has learned something: five times that of a guess.
+# A network with at least this accuracy has learned something: a guess has a fifth of it.
 LEARNED = 0.5
-# One object, and the rate in its state: so all rates and seeds share one compiled step.
+# One optimizer with the rate in its state, so that all rates and seeds share one compiled step.
 SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=0.0, momentum=MOMENTUM)
 STEP = jax.jit(train_step)
 
 
 class Settings(NamedTuple):
-    """How much to run: the number of seeds, and whether only to see that everything works."""
+    """How much to run.
+
+    Attributes:
+      seeds: the number of runs of each kind.
+      quick: whether to run only enough to check that everything works.
+    """
 
     seeds: int = 3
     quick: bool = False
 
     def pick(self, full: T, quick: T) -> T:
-        """One of two sizes."""
+        """Return `quick` in a quick run, and `full` otherwise."""
         return quick if self.quick else full
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """The numbers of channels of the networks."""
         return self.pick((8, 16), (4,))
 
     def epochs(self, count: int) -> int:
-        """Steps of so many passes over the training set."""
+        """Return the number of steps in this many passes over the training set."""
         return self.pick(count * (len(digits().train_images) // BATCH_SIZE), 4)
 
 
 class Verdict(NamedTuple):
-    """One thing that would have contradicted an answer, what was measured, and whether it did."""
+    """A prediction, what was measured, and whether the prediction holds."""
 
-    contradicted: bool
-    if_so: str
+    prediction: str
     measured: str
+    holds: bool
 
     def __str__(self) -> str:
-        word = "YES" if self.contradicted else "no"
-        return f"contradicted: {word}; would be if {self.if_so}: {self.measured}."
+        word = "Holds" if self.holds else "Fails"
+        return f"Prediction: {self.prediction}. Measured: {self.measured}. **{word}.**"
 
 
 class Score(NamedTuple):
-    """Mean cross-entropy, and the share of images that are classified rightly."""
+    """The mean cross-entropy, and the share of images that are classified correctly."""
 
     loss: float
     accuracy: float
 
 
 def plain(widths: Sequence[int]) -> ConvNet:
-    """The network without normalization, and with the biases that else the norm has."""
+    """Return the network without normalization, with biases in its convolutions instead."""
     return ConvNet(widths=tuple(widths), norm=no_norm, use_bias=True)
 
 
 @cache
 def digits() -> Dataset:
-    """The data, read once."""
+    """Return the data, read once."""
     return data.digits()
 
 
@@ -86,7 +94,10 @@ def _init(model: nn.Module) -> Callable[..., Tree]:
 def start(
     model: nn.Module, seed: int, learning_rate: float, scale: float = 1.0, dtype: Any = jnp.float32
 ) -> TrainState:
-    """The state before the first step; `scale` multiplies the initial kernels of convolutions."""
+    """Return the state before the first step.
+
+    `scale` multiplies the initial kernels of the convolutions.
+    """
     variables = _init(model)(jax.random.key(seed), digits().train_images[:1])
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
     params = {
@@ -100,7 +111,7 @@ def start(
 
 
 def with_rate(state: TrainState, learning_rate: float) -> TrainState:
-    """The state with another learning rate."""
+    """Return the state with another learning rate."""
     rate = jnp.asarray(learning_rate, jnp.float32)
     old: Any = state.opt_state
     hyperparams = {**old.hyperparams, "learning_rate": rate}
@@ -110,7 +121,10 @@ def with_rate(state: TrainState, learning_rate: float) -> TrainState:
 def batches(
     count: int, seed: int, size: int = BATCH_SIZE, of: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Indices of `count` batches: epochs of training images in random order, whole batches each."""
+    """Yield the indices of `count` batches.
+
+    Each epoch shuffles the images, and drops those that do not fill a batch.
+    """
     total = len(digits().train_images) if of is None else of
     rng = np.random.default_rng([seed, size])
     order = np.empty(0, int)
@@ -124,7 +138,7 @@ def batches(
 def train(
     state: TrainState, steps: int, seed: int, each: Callable[[TrainState], None] | None = None
 ) -> TrainState:
-    """The state after some steps; `each` sees the state after every one."""
+    """Return the state after `steps` steps; `each` is called with the state after every step."""
     images, labels = digits().train_images, digits().train_labels
     for batch in batches(steps, seed):
         state, _ = STEP(state, images[batch], labels[batch])
@@ -133,35 +147,53 @@ def train(
     return state
 
 
+def kernel_length(params: Tree) -> float:
+    """Return the L2 norm of all kernels of convolutions together."""
+    kernels = [layer["kernel"] for name, layer in params.items() if name.startswith("Conv")]
+    return float(np.sqrt(sum(np.sum(np.square(kernel, dtype=float)) for kernel in kernels)))
+
+
+@jax.jit
+def batch_logits(state: TrainState, images: ArrayLike) -> jax.Array:
+    """Return the logits of a batch that is normalized by its own statistics."""
+    logits, _ = state.apply_fn(
+        {"params": state.params, "batch_stats": state.batch_stats},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+    )
+    return logits
+
+
 @jax.jit
 def logits(state: TrainState, images: ArrayLike) -> jax.Array:
-    """By the moving averages."""
+    """Return the logits of images that are normalized by the moving averages."""
     return state.apply_fn(
         {"params": state.params, "batch_stats": state.batch_stats}, images, train=False
     )
 
 
 def score(state: TrainState, images: np.ndarray, labels: np.ndarray) -> Score:
-    """Of the network by its moving averages."""
+    """Return the score of the network in evaluation, with its moving averages."""
     values = logits(state, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(values, labels)
     accuracy = np.mean(np.argmax(values, -1) == labels)
-    # NaN has an argmax, too: the class 0.
+    # NaN has an argmax too, the class 0: the accuracy is set to a guess's.
     return Score(float(losses.mean()), float(accuracy) if np.isfinite(values).all() else 0.1)
 
 
 def test_score(state: TrainState) -> Score:
-    """On the test images."""
+    """Return the score on the test images."""
     return score(state, digits().test_images, digits().test_labels)
 
 
 def train_score(state: TrainState) -> Score:
-    """On the training images."""
+    """Return the score on the training images."""
     return score(state, digits().train_images, digits().train_labels)
 
 
 def spread(values: ArrayLike, form: str = ".3g") -> str:
-    """Mean, least and largest of the seeds' values."""
+    """Return the mean of the seeds' values with the smallest and the largest, as text."""
     values = np.asarray(values, float)
     if not np.isfinite(values).all():
         return f"not finite in {np.sum(~np.isfinite(values))} of {values.size}"

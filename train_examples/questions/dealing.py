@@ -1,4 +1,4 @@
-"""How well test batches are classified by their own statistics."""
+"""How well test batches are classified with their own statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,16 @@ BATCHES_PER_CLASS = 8
 
 @jax.jit
 def predict(state: TrainState, batches: jax.Array) -> jax.Array:
-    """Classes of several batches of images, each normalized by its own statistics."""
-
-    def one(images: jax.Array) -> jax.Array:
-        logits, _ = state.apply_fn(
-            {"params": state.params, "batch_stats": state.batch_stats},
-            images,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        return jnp.argmax(logits, -1)
-
-    return jax.vmap(one)(batches)
+    """Return the predicted classes of several batches, each normalized by its own statistics."""
+    return jnp.argmax(jax.vmap(common.batch_logits, (None, 0))(state, batches), -1)
 
 
 def by_size(state: TrainState, size: int, seed: int) -> tuple[float, float]:
-    """Accuracy of batches of one size, and the share of answers that change when dealt anew."""
+    """Score batches of one size that are normalized by their own statistics.
+
+    The test images are split into batches at random, twice. Returns the accuracy, and the share of
+    images whose predicted class differs between the two splits.
+    """
     images, labels = common.digits().test_images, common.digits().test_labels
     answers = []
     for deal in range(2):
@@ -42,15 +36,18 @@ def by_size(state: TrainState, size: int, seed: int) -> tuple[float, float]:
 
 
 def by_share(state: TrainState, share: float, seed: int) -> tuple[float, float]:
-    """Accuracy of batches with one share of a class, and of them by the moving averages."""
+    """Score batches of `MIXED_SIZE` images in which one class has the given share.
+
+    Returns their accuracy with their own statistics, and with the moving averages.
+    """
     images, labels = common.digits().test_images, common.digits().test_labels
     rng = np.random.default_rng(seed)
     of_class = round(share * MIXED_SIZE)
     index = []
     for number in np.repeat(np.arange(10), BATCHES_PER_CLASS):
-        those = rng.choice(np.flatnonzero(labels == number), of_class, replace=False)
+        members = rng.choice(np.flatnonzero(labels == number), of_class, replace=False)
         others = rng.choice(np.flatnonzero(labels != number), MIXED_SIZE - of_class, replace=False)
-        index.append(np.concatenate([those, others]))
+        index.append(np.concatenate([members, others]))
     index = np.array(index)
     own = np.mean(predict(state, images[index]) == labels[index])
     moving = np.argmax(common.logits(state, images), -1)[index]

@@ -1,13 +1,13 @@
 """5. How does it change the sensitivity to weight initialization?
 
-It takes most of it away. At the first step the output is the same whatever the scale of the
-kernels before it, and gradients come back with a size that does not multiply from layer to layer.
-What is left: gradients are proportional to 1 / scale, so the scale sets the learning rate that
-the kernel feels, rate / scale^2; and where the features' variance falls to epsilon the invariance
-ends.
+It removes most of it. At the first step the output does not depend on the scale of the kernels
+before the layer, and the size of gradients does not multiply from layer to layer. Two effects
+remain. Gradients are proportional to 1 / scale, so the effective learning rate of a kernel is
+rate / scale^2. And the invariance ends where the features' variance falls to epsilon.
 
-What would have contradicted it: a range of scales that learn no wider than without batch norm,
-each scale with the best of several learning rates; an output that depends on the scale.
+Predictions: with batch norm a wider range of scales learns, each scale with the best of several
+learning rates; the first output does not depend on the scale; gradients are proportional to
+1 / scale; at each learning rate, all scales learn.
 """
 
 from itertools import product
@@ -27,18 +27,17 @@ from train_examples.questions.common import Settings, Verdict
 
 SCALES = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 RATES = (0.01, 0.1, 1.0)
-NETWORKS = ("with batch norm", "without")
 
 
 class Result(NamedTuple):
-    """The first axis is (with, without), the last the seeds'.
+    """What was measured. The networks are those of `common.NETWORKS`.
 
     Attributes:
-      scales: of the convolutions' kernels, over those of He et al.
-      rates: of learning.
-      accuracy: on the test set, (networks, scales, rates, seeds).
-      moved: the largest change of a first batch's logits from those of scale 1, over the largest,
-        (networks, scales, seeds).
+      scales: the factors by which the initial kernels of He et al. are multiplied.
+      rates: the learning rates.
+      accuracy: the accuracy on the test set, (networks, scales, rates, seeds).
+      moved: the largest change of the first batch's logits from those of scale 1, over the largest
+        of these, (networks, scales, seeds).
       gradient: the length of the kernels' gradient at the first step, over that of scale 1,
         (networks, scales, seeds).
     """
@@ -51,7 +50,7 @@ class Result(NamedTuple):
 
 
 def run(settings: Settings) -> Result:
-    """Trains from every scale at every rate, with batch norm and without."""
+    """Train from every scale at every rate, with batch norm and without."""
     scales = np.array(settings.pick(SCALES, (0.1, 1.0)))
     rates = np.array(settings.pick(RATES, (0.1,)))
     models = (ConvNet(widths=settings.widths), common.plain(settings.widths))
@@ -73,33 +72,31 @@ def run(settings: Settings) -> Result:
 
 
 def _first_step(state: TrainState, seed: int) -> tuple[np.ndarray, float]:
-    """Logits of the first batch, and the length of the kernels' gradient."""
+    """Return the logits of the first batch, and the length of the kernels' gradient."""
     batch = next(common.batches(1, seed))
     images, labels = common.digits().train_images[batch], common.digits().train_labels[batch]
     gradients, (logits, _) = _GRADIENT(
         state.params, state.batch_stats, state.apply_fn, images, labels
     )
-    kernels = [layer["kernel"] for name, layer in gradients.items() if name.startswith("Conv")]
-    squares = sum(np.sum(np.square(kernel, dtype=float)) for kernel in kernels)
-    return np.asarray(logits), float(np.sqrt(squares))
+    return np.asarray(logits), common.kernel_length(gradients)
 
 
 _GRADIENT = jax.jit(jax.grad(loss_fn, has_aux=True), static_argnums=2)
 
 
 def best(result: Result) -> np.ndarray:
-    """The accuracy at the rate that is best in the seeds' mean, (networks, scales, seeds)."""
+    """Return the accuracy at the rate with the best mean, (networks, scales, seeds)."""
     at = result.accuracy.mean(-1).argmax(-1)[..., None, None]
     return np.take_along_axis(result.accuracy, at, 2)[:, :, 0]
 
 
 def learns(result: Result) -> np.ndarray:
-    """Whether every seed reaches `common.LEARNED` at the best rate, (networks, scales)."""
+    """Return whether every seed reaches `common.LEARNED` at the best rate, (networks, scales)."""
     return best(result).min(-1) >= common.LEARNED
 
 
 def width(result: Result) -> np.ndarray:
-    """The largest scale that learns over the least: with and without."""
+    """Return the largest scale that learns over the smallest, (networks,)."""
     return np.array(
         [result.scales[row].max() / result.scales[row].min() if row.any() else 0
          for row in learns(result)]
@@ -107,9 +104,9 @@ def width(result: Result) -> np.ndarray:
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """What would have contradicted the answer."""
+    """Compare the predictions with what was measured."""
     wide = width(result)
-    # Where the variance of a feature, some 0.1 times the scale's square, is far above epsilon.
+    # Here a feature's variance, some 0.1 times the square of the scale, is far above epsilon.
     usual = (result.scales >= 0.3) & (result.scales <= 100)
     moved = result.moved[0][usual].max()
     logs = np.log(result.gradient[0][usual].mean(-1))
@@ -117,38 +114,39 @@ def verdicts(result: Result) -> list[Verdict]:
     fixed = np.sum(result.accuracy[0].min(-1) >= common.LEARNED, 0)
     return [
         Verdict(
-            bool(wide[0] <= wide[1]),
-            f"scales that reach {common.LEARNED:.0%} were not a wider range with it",
-            f"a factor of {wide[0]:.0f} against {wide[1]:.0f}",
+            f"a wider range of scales reaches {common.LEARNED:.0%} with batch norm than without",
+            f"a factor of {wide[0]:.0f} and {wide[1]:.0f}",
+            bool(wide[0] > wide[1]),
         ),
         Verdict(
-            bool(moved > 0.01),
-            "the first batch's output moved by over 1 % from scale 0.3 up",
-            f"by {moved:.1e} at most; without, by {result.moved[1][usual].max():.1e}",
+            "from scale 0.3 up, the first batch's output changes by at most 1 %",
+            f"by at most {moved:.1e}; without batch norm by up to "
+            f"{result.moved[1][usual].max():.1e}",
+            bool(moved <= 0.01),
         ),
         Verdict(
-            bool(abs(exponent + 1) > 0.1),
-            "gradients were not proportional to 1 / scale from scale 0.3 up",
+            "from scale 0.3 up, gradients are proportional to 1 / scale",
             f"to scale to the {exponent:.2f}",
+            bool(abs(exponent + 1) <= 0.1),
         ),
         Verdict(
-            bool((fixed < len(result.scales)).any()),
-            "at one of the learning rates some scale did not learn with it",
+            "with batch norm, every scale learns at every learning rate",
             ", ".join(
-                f"at {rate:g}, {count} of {len(result.scales)} do"
+                f"{count} of {len(result.scales)} at {rate:g}"
                 for rate, count in zip(result.rates, fixed, strict=True)
             ),
+            bool((fixed == len(result.scales)).all()),
         ),
     ]
 
 
 def tables(result: Result) -> list[Table]:
-    """Accuracies at the best rate and at each; the first step."""
+    """Return the tables of accuracy at the best rate and of the first step."""
     accuracy = best(result)
     at = result.rates[result.accuracy.mean(-1).argmax(-1)]
     trained = drawing.table(
-        "Test accuracy at the best rate, mean (least to largest of the seeds), and that rate",
-        ("scale", *(column for name in NETWORKS for column in (name, "rate"))),
+        "Test accuracy at the best rate, mean (smallest to largest of the seeds), and that rate",
+        ("scale", *(column for name in common.NETWORKS for column in (name, "rate"))),
         [
             (
                 f"{scale:g}",
@@ -177,10 +175,10 @@ def tables(result: Result) -> list[Table]:
 
 
 def plot(result: Result) -> Figure:
-    """Accuracy at the best rate; with batch norm at each."""
+    """Plot the accuracy at the best rate and, with batch norm, at each rate."""
     figure, (left, right) = drawing.panels(2)
     scales = result.scales.tolist()
-    for number, name in enumerate(NETWORKS):
+    for number, name in enumerate(common.NETWORKS):
         drawing.band(left, scales, 100 * best(result)[number], number, name)
     for number, rate in enumerate(result.rates):
         values = 100 * result.accuracy[0, :, number]

@@ -1,16 +1,16 @@
 """4. What does it allow for the learning rate?
 
-A larger one. The output of a normalized layer does not depend on the length of its kernel, so a
-step that is too long makes the kernel longer, which makes the next gradient shorter: a step too
-far does not blow up, but slows down. Networks without it diverge at rates at which networks with
-it learn best.
+A larger one. The output of a normalized layer does not depend on the length of its kernel. A step
+that is too long makes the kernel longer, which makes the next gradient smaller, so training slows
+down instead of diverging. Networks without batch norm diverge at rates at which networks with batch
+norm learn best.
 
-What would have contradicted it: both diverging at the same rate; the best rate being the same;
-the kernels not growing where the rate is high.
+Predictions: with batch norm, training diverges only at a larger rate; the best rate is larger; the
+kernels grow where the rate is high.
 """
 
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,18 +23,18 @@ from train_examples.questions import common, drawing
 from train_examples.questions.common import Settings, Verdict
 
 RATES = tuple(float(f"{10 ** (k / 2):.1g}") for k in range(-5, 4))
-NETWORKS = ("with batch norm", "without")
 
 
 class Result(NamedTuple):
-    """The axes are (with, without), rates, seeds, where not said otherwise.
+    """What was measured. The networks are those of `common.NETWORKS`.
 
     Attributes:
-      rates: of learning.
-      loss: on the training set, after training; infinite where it was not a number.
-      accuracy: on the test set.
-      growth: the length of the convolutions' kernels over what it was at first, with batch norm,
-        (rates, seeds).
+      rates: the learning rates.
+      loss: the loss on the training set after training, (networks, rates, seeds). NaN is replaced
+        by infinity.
+      accuracy: the accuracy on the test set, (networks, rates, seeds).
+      growth: the length of the convolutions' kernels at the end over that at the start, with batch
+        norm, (rates, seeds).
     """
 
     rates: np.ndarray
@@ -44,7 +44,7 @@ class Result(NamedTuple):
 
 
 def run(settings: Settings) -> Result:
-    """Trains at every rate, with batch norm and without."""
+    """Train at every rate, with batch norm and without."""
     rates = np.array(settings.pick(RATES, (0.1, 10.0)))
     models = (ConvNet(widths=settings.widths), common.plain(settings.widths))
     shape = (len(models), len(rates), settings.seeds)
@@ -57,65 +57,66 @@ def run(settings: Settings) -> Result:
         loss[index] = np.nan_to_num(common.train_score(after).loss, nan=np.inf)
         accuracy[index] = common.test_score(after).accuracy
         if which == 0:
-            growth[row, seed] = length(after) / length(before)
+            growth[row, seed] = _growth(before, after)
     return Result(rates, loss, accuracy, growth)
 
 
-def length(state: TrainState) -> float:
-    """Of the convolutions' kernels together."""
-    params: Any = state.params
-    kernels = [layer["kernel"] for name, layer in params.items() if name.startswith("Conv")]
-    return float(np.sqrt(sum(np.sum(np.square(kernel, dtype=float)) for kernel in kernels)))
+def _growth(before: TrainState, after: TrainState) -> float:
+    """Return the length of the convolutions' kernels after training, over that before."""
+    return common.kernel_length(after.params) / common.kernel_length(before.params)
 
 
 def best(result: Result) -> np.ndarray:
-    """The rate of the least loss, in the seeds' mean: with and without."""
+    """Return the rate with the smallest mean loss of the seeds, (networks,)."""
     return result.rates[np.argmin(result.loss.mean(-1), -1)]
 
 
 def learned(result: Result) -> np.ndarray:
-    """The largest rate at which every seed learned: with and without."""
+    """Return the largest rate at which every seed learned, (networks,)."""
     every = result.accuracy.min(-1) >= common.LEARNED
     return np.array([result.rates[row].max(initial=0) for row in every])
 
 
 def failed(result: Result) -> np.ndarray:
-    """The least rate at which some seed's loss ended above that of a guess: with and without."""
+    """Return the smallest rate at which some seed's loss ended above a guess's, (networks,)."""
     some = result.loss.max(-1) >= common.CHANCE
     return np.array([result.rates[row].min(initial=np.inf) for row in some])
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """What would have contradicted the answer."""
-    largest, least, at = learned(result), failed(result), best(result)
+    """Compare the predictions with what was measured."""
+    largest, smallest, at = learned(result), failed(result), best(result)
     column = int(np.flatnonzero(result.rates == largest[0])[0]) if largest[0] else 0
     growth = result.growth[column].mean()
     return [
         Verdict(
-            bool(largest[0] <= largest[1]),
-            f"the largest rate that takes every seed to {common.LEARNED:.0%} were not larger",
-            f"{largest[0]:g} against {largest[1]:g}",
+            f"the largest rate at which every seed reaches {common.LEARNED:.0%} is larger with "
+            "batch norm than without",
+            f"{largest[0]:g} and {largest[1]:g}",
+            bool(largest[0] > largest[1]),
         ),
         Verdict(
-            bool(least[0] <= least[1]),
-            "the least rate that ends above a guess's loss in some seed were not larger",
-            f"{least[0]:g} against {least[1]:g}",
+            "the smallest rate at which some seed's loss ends above a guess's is larger with batch "
+            "norm than without",
+            f"{smallest[0]:g} and {smallest[1]:g}",
+            bool(smallest[0] > smallest[1]),
         ),
         Verdict(
-            bool(at[0] <= at[1]),
-            "the rate of the least training loss were not larger",
-            f"{at[0]:g} against {at[1]:g}",
+            "the rate with the smallest training loss is larger with batch norm than without",
+            f"{at[0]:g} and {at[1]:g}",
+            bool(at[0] > at[1]),
         ),
         Verdict(
-            bool(growth < 1.5),
-            f"kernels had not grown at a rate of {result.rates[column]:g} with it",
-            f"{growth:.3g} times as long as at first",
+            f"with batch norm, kernels grow to at least 1.5 times their length at a rate of "
+            f"{result.rates[column]:g}",
+            f"{growth:.3g} times",
+            bool(growth >= 1.5),
         ),
     ]
 
 
 def tables(result: Result) -> list[Table]:
-    """Loss, accuracy and length of the kernels."""
+    """Return the table of accuracy, loss and growth of the kernels by rate."""
     rows = zip(
         *(result.rates, result.accuracy[0], result.accuracy[1], result.loss[0], result.loss[1]),
         result.growth,
@@ -123,7 +124,7 @@ def tables(result: Result) -> list[Table]:
     )
     return [
         drawing.table(
-            "Mean (least to largest of the seeds), with batch norm | without",
+            "Mean (smallest to largest of the seeds), with batch norm | without",
             ("rate", "test accuracy", "without", "training loss", "without", "kernels grow"),
             [
                 (
@@ -140,12 +141,12 @@ def tables(result: Result) -> list[Table]:
 
 
 def plot(result: Result) -> Figure:
-    """Accuracy, loss."""
+    """Plot accuracy and loss against the rate."""
     figure, (left, right) = drawing.panels(2)
     rates = result.rates.tolist()
-    # What is infinite leaves through the top.
+    # Infinite losses are drawn above the top of the axes.
     loss = np.clip(result.loss, None, 1e3)
-    for number, name in enumerate(NETWORKS):
+    for number, name in enumerate(common.NETWORKS):
         drawing.band(left, rates, 100 * result.accuracy[number], number, name)
         drawing.band(right, rates, loss[number], number, name)
     right.axhline(common.CHANCE, color="gray", linestyle=":", label="a guess")

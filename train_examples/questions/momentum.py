@@ -1,4 +1,4 @@
-"""The error of a moving mean: what is left of the old value, and the noise of the last batches."""
+"""The error of a moving mean: the rest of its initial value, and the noise of the last batches."""
 
 from typing import NamedTuple
 
@@ -9,17 +9,17 @@ from jax import lax
 import jaxbn
 from train_examples.questions import common
 
-# Batches seen, and how often that is repeated.
+# The number of batches, and how often the experiment is repeated.
 COUNT = 100
 REPEATS = 100
 
 
 class Errors(NamedTuple):
-    """Root mean squares over pixels, in units of the deviation of a batch's mean.
+    """Root mean squares over pixels, in units of the standard deviation of a batch's mean.
 
     Attributes:
-      bias, noise: measured.
-      bias_law, noise_law: by the formulas.
+      bias, noise: the measured errors.
+      bias_law, noise_law: the errors that the formulas predict.
     """
 
     bias: float
@@ -29,9 +29,9 @@ class Errors(NamedTuple):
 
 
 def errors(momentum: float) -> Errors:
-    """Of the moving means of the pixels after `COUNT` batches.
+    """Return the errors of the pixels' moving means after `COUNT` batches.
 
-    Batches are drawn with replacement, so that they are independent, as the law wants.
+    Batches are drawn with replacement, so that they are independent, as the formulas assume.
     """
     pixels = jnp.asarray(common.digits().train_images.reshape(-1, 64))
     pixels = pixels[:, jnp.var(pixels, 0) > 1e-2]

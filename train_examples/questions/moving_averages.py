@@ -1,15 +1,15 @@
 """2. Why moving averages at test time?
 
-Because the answer for one image must not depend on which others it comes with: with the batch's
-own statistics it does, and the fewer or the less typical the others, the worse. The averages are
-a fixed function of the training data instead. Their momentum trades two errors: the old value (0
-and 1 at first) fades like momentum to the number of steps, the noise of the last batches averages
-out as sqrt((1 - momentum) / (1 + momentum)). While the parameters move there is a third: the
-averages lag behind.
+Because the prediction for one image must not depend on the other images in its batch. With the
+batch's own statistics it does, and the accuracy drops when the others are few or not typical. The
+moving averages depend on the training data alone. Their momentum trades two errors: the weight of
+the initial value (0 or 1) is momentum to the number of steps, and the noise of the last batches is
+multiplied by sqrt((1 - momentum) / (1 + momentum)). While the parameters change there is a third
+error: the averages lag behind.
 
-What would have contradicted it: batches of one, or of one class, normalized by their own
-statistics, being classified as well as by the averages; an error of the averages that is least at
-either end of the momenta.
+Predictions: batches of one image, or of one class, are classified worse with their own statistics
+than with the moving averages; the error of the averages is smallest at a momentum between the
+extremes.
 """
 
 from functools import partial
@@ -35,19 +35,21 @@ LEARNING_RATE = 0.1
 
 
 class Result(NamedTuple):
-    """The last axis is the seeds', where not said otherwise.
+    """What was measured.
 
     Attributes:
-      sizes: of test batches.
-      by_size: the accuracy by each batch's own statistics, (sizes, seeds).
-      changed: the share of predictions that differ when the images are dealt anew, (sizes, seeds).
-      moving: the accuracy by the moving averages, (seeds,).
-      shares: of one class in a test batch.
-      by_share, moving_by_share: the accuracy of these batches, either way, (shares, seeds).
+      sizes: the sizes of test batches.
+      by_size: the accuracy with each batch's own statistics, (sizes, seeds).
+      changed: the share of predictions that differ between two random splits of the test images
+        into batches, (sizes, seeds).
+      moving: the accuracy with the moving averages, (seeds,).
+      shares: the shares of one class in a test batch.
+      by_share, moving_by_share: the accuracy of these batches with their own statistics and with
+        the moving averages, (shares, seeds).
       momenta: the weights of the old value.
-      by_momentum: the accuracy by moving averages of each momentum, (momenta, seeds).
-      at_rest: the same after as many further steps at a learning rate of zero.
-      bias, noise, bias_law, noise_law: as of `momentum.Errors`, (momenta,).
+      by_momentum: the accuracy with moving averages of each momentum, (momenta, seeds).
+      at_rest: the same after as many further steps with a learning rate of zero.
+      bias, noise, bias_law, noise_law: the fields of `momentum.Errors`, (momenta,).
     """
 
     sizes: np.ndarray
@@ -68,7 +70,7 @@ class Result(NamedTuple):
 
 @jax.jit
 def _advance(averages: Any, latest: Any, momenta: jax.Array) -> Any:
-    """One step of moving averages of several momenta at once."""
+    """Update moving averages of several momenta at once."""
 
     def step(average: jax.Array, new: jax.Array) -> jax.Array:
         weight = momenta.reshape(-1, *(1,) * new.ndim)
@@ -78,12 +80,12 @@ def _advance(averages: Any, latest: Any, momenta: jax.Array) -> Any:
 
 
 def run(settings: Settings) -> Result:
-    """Trains a network for each seed, and tests it in many ways."""
+    """Train a network for each seed, and test it with each kind of statistics."""
     sizes = np.array(settings.pick(SIZES, (2, 360)))
     shares = np.array(settings.pick(SHARES, (0.1, 1.0)))
     momenta = np.array(settings.pick(MOMENTA, (0.0, 0.9, 0.999)))
-    # The averages do not touch training, so one run serves all momenta: the state of momentum 0 is
-    # the last batch's statistics, which are averaged here.
+    # The averages do not affect training, so one run serves all momenta. With a momentum of 0 the
+    # state holds the last batch's statistics, which are averaged here.
     model = ConvNet(widths=settings.widths, norm=partial(pytorch_norm, momentum=0.0))
     at_default = int(np.flatnonzero(momenta == common.MOMENTUM)[0])
     found = []
@@ -115,6 +117,7 @@ def run(settings: Settings) -> Result:
 def _train(
     state: TrainState, averages: Any, momenta: np.ndarray, steps: int, seed: int
 ) -> tuple[TrainState, Any]:
+    """Return the state and the moving averages of each momentum after `steps` steps."""
     weights = jnp.asarray(momenta, jnp.float32)
 
     def follow(state: TrainState) -> None:
@@ -125,14 +128,14 @@ def _train(
 
 
 def _accuracies(state: TrainState, averages: Any) -> list[float]:
-    """By the averages of each momentum."""
+    """Return the test accuracy with the averages of each momentum."""
     count = len(jax.tree.leaves(averages)[0])
     each = (jax.tree.map(lambda leaf, row=row: leaf[row], averages) for row in range(count))
     return [common.test_score(state.replace(batch_stats=own)).accuracy for own in each]
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """What would have contradicted the answer."""
+    """Compare the predictions with what was measured."""
     moving, single = result.moving.mean(), result.by_size[0].mean()
     pure, pure_moving = result.by_share[-1].mean(), result.moving_by_share[-1].mean()
     total = np.hypot(result.bias, result.noise)
@@ -141,41 +144,44 @@ def verdicts(result: Result) -> list[Verdict]:
     deviation = np.abs(result.noise / result.noise_law - 1).max()
     return [
         Verdict(
-            bool(single >= moving - 0.01),
-            f"test batches of {result.sizes[0]} by their own statistics were within 1 % of the "
-            f"moving averages",
-            f"{single:.1%} against {moving:.1%}",
+            f"the accuracy of test batches of {result.sizes[0]} with their own statistics is over "
+            f"1 % lower than with the moving averages",
+            f"{single:.1%} and {moving:.1%}",
+            bool(single < moving - 0.01),
         ),
         Verdict(
-            bool(pure >= pure_moving - 0.01),
-            "batches of one class by their own statistics were within 1 % of the moving averages",
-            f"{pure:.1%} against {pure_moving:.1%}",
+            "the accuracy of batches of one class with their own statistics is over 1 % lower than "
+            "with the moving averages",
+            f"{pure:.1%} and {pure_moving:.1%}",
+            bool(pure < pure_moving - 0.01),
         ),
         Verdict(
-            best in (0, len(total) - 1),
-            f"the error after {COUNT} batches were least at momentum {result.momenta[0]:g} or "
-            f"{result.momenta[-1]:g}",
-            f"it is least at {result.momenta[best]:g}",
+            f"the error after {COUNT} batches is smallest at a momentum between "
+            f"{result.momenta[0]:g} and {result.momenta[-1]:g}",
+            f"it is smallest at {result.momenta[best]:g}",
+            best not in (0, len(total) - 1),
         ),
         Verdict(
-            bool(result.by_momentum[0].mean() >= moving),
-            "in training the last batch's statistics alone were as good as the moving averages",
-            f"{result.by_momentum[0].mean():.1%} against {moving:.1%}; with the parameters at rest "
-            f"{result.at_rest[0].mean():.1%} against {result.at_rest[at_default].mean():.1%}",
+            "after training, the accuracy with the last batch's statistics is lower than with the "
+            "moving averages",
+            f"{result.by_momentum[0].mean():.1%} and {moving:.1%}; after further steps with the "
+            f"parameters fixed {result.at_rest[0].mean():.1%} and "
+            f"{result.at_rest[at_default].mean():.1%}",
+            bool(result.by_momentum[0].mean() < moving),
         ),
         Verdict(
-            bool(deviation > 0.1),
-            "the noise were not sqrt((1 - momentum) / (1 + momentum)) of a batch's to 10 %",
-            f"it is off by {deviation:.1%} at most",
+            "the noise is sqrt((1 - momentum) / (1 + momentum)) of a batch's, within 10 %",
+            f"it differs by {deviation:.1%} at most",
+            bool(deviation <= 0.1),
         ),
     ]
 
 
 def tables(result: Result) -> list[Table]:
-    """By the size of test batches, by their mixture, by momentum."""
+    """Return the tables by the size of test batches, by their mixture and by momentum."""
     by_size = drawing.table(
-        f"Test accuracy; by the moving averages it is {common.spread(result.moving, '.1%')}",
-        ("test batch", "by its own statistics", "predictions that change when dealt anew"),
+        f"Test accuracy; with the moving averages it is {common.spread(result.moving, '.1%')}",
+        ("test batch", "with its own statistics", "predictions that change in another split"),
         [
             (str(n), common.spread(a, ".1%"), common.spread(c, ".1%"))
             for n, a, c in zip(result.sizes, result.by_size, result.changed, strict=True)
@@ -184,7 +190,7 @@ def tables(result: Result) -> list[Table]:
     rows = zip(result.shares, result.by_share, result.moving_by_share, strict=True)
     by_share = drawing.table(
         f"Test accuracy of batches of {dealing.MIXED_SIZE}",
-        ("share of one class", "by their own statistics", "by the moving averages"),
+        ("share of one class", "with their own statistics", "with the moving averages"),
         [(f"{s:.0%}", common.spread(a, ".1%"), common.spread(b, ".1%")) for s, a, b in rows],
     )
     rows = zip(
@@ -193,9 +199,9 @@ def tables(result: Result) -> list[Table]:
         strict=True,
     )
     by_momentum = drawing.table(
-        f"Accuracy by averages of a momentum; error of a pixel's moving mean after {COUNT} "
-        f"batches, in deviations of a batch's mean: measured (by law)",
-        ("momentum", "test accuracy", "parameters at rest", "bias", "noise"),
+        f"Accuracy with averages of each momentum; error of a pixel's moving mean after {COUNT} "
+        f"batches, in deviations of a batch's mean: measured (predicted)",
+        ("momentum", "test accuracy", "parameters fixed", "bias", "noise"),
         [
             (
                 f"{m:g}",
@@ -210,7 +216,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def plot(result: Result) -> Figure:
-    """By the size of test batches, by their mixture, by momentum."""
+    """Plot the accuracy against size and mixture of test batches, and the error by momentum."""
     figure, (left, middle, right) = drawing.panels(3)
     moving = np.broadcast_to(result.moving, result.by_size.shape)
     drawing.band(left, result.sizes.tolist(), 100 * result.by_size, 1, "batch's own statistics")
@@ -225,7 +231,7 @@ def plot(result: Result) -> Figure:
     measured = (("bias", result.bias), ("noise", result.noise))
     for number, (name, values) in enumerate(measured, start=2):
         law = getattr(result, f"{name}_law")
-        # A smaller bias drowns in the noise of the repeats.
+        # The repeats are too noisy to measure a smaller bias.
         visible = law > 5e-3
         color, marker = colors[number], markers[number]
         right.plot(

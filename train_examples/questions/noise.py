@@ -1,4 +1,4 @@
-"""The noise of a batch's mean, against the law of 1 / N."""
+"""The noise of a batch's mean, compared with the law that it is proportional to 1 / N."""
 
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ DRAWS = 400
 
 
 class Noise(NamedTuple):
-    """The variance of a batch's mean over that of one image's, of a first layer's activations.
+    """The variance of a batch's mean over that of one image's mean, for a first layer's outputs.
 
     Attributes:
-      sizes: of batches.
-      measured: (sizes, seeds).
-      law: what it is for batches drawn without replacement, (sizes,).
+      sizes: the batch sizes.
+      measured: the measured ratio, (sizes, seeds).
+      law: the expected ratio for batches drawn without replacement, (sizes,).
     """
 
     sizes: np.ndarray
@@ -27,14 +27,17 @@ class Noise(NamedTuple):
 
 
 def noise(sizes: np.ndarray, seeds: int) -> Noise:
-    """Draws batches of every size, and compares."""
+    """Measure the noise of batches of every size."""
     total = len(common.digits().train_images)
     law = (total - sizes) / (total - 1) / sizes
     return Noise(sizes, np.array([_measured(sizes, seed) for seed in range(seeds)]).T, law)
 
 
 def _measured(sizes: np.ndarray, seed: int) -> list[float]:
-    """Each image counts by the mean over its pixels, since these are not independent."""
+    """Return the ratio of variances for each size, with the random kernels of one seed.
+
+    Pixels of one image are not independent, so each image enters as the mean of its pixels.
+    """
     rng = np.random.default_rng(seed)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 1, 8)), jnp.float32)
     features = jax.lax.conv_general_dilated(
@@ -54,7 +57,7 @@ def _measured(sizes: np.ndarray, seed: int) -> list[float]:
 
 
 def exponent(found: Noise) -> float:
-    """The p of "proportional to N to the p", corrected for drawing without replacement."""
+    """Return the p of "proportional to N to the p", corrected for drawing without replacement."""
     correction = found.law * found.sizes
     logs = np.log(found.measured.mean(1) / correction)
     return float(np.polyfit(np.log(found.sizes), logs, 1)[0])

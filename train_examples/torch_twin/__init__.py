@@ -1,1 +1,1 @@
-"""The digits network in PyTorch and in JAX, trained in lockstep: how far apart they go."""
+"""The digits network, trained step by step in PyTorch and in JAX, and compared after each step."""

@@ -1,4 +1,4 @@
-"""The command. Its options and their help need no PyTorch; everything else does."""
+"""The command. `--help` works without PyTorch, which everything else needs."""
 
 import sys
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from train_examples.common.errors import UserError, needs_extra
 from train_examples.torch_twin.config import parse_args
 
-# Wide enough for every table, whatever the terminal: they are meant to be pasted.
+# Wide enough for every table on any terminal, so that tables can be pasted into a page.
 WIDTH = 120
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from rich.console import Console
 
         from train_examples.torch_twin.command import run
-    # Then the order of sums is the same on any number of cores.
+    # With one thread, the order of sums does not depend on the number of cores.
     torch.set_num_threads(1)
     try:
         run(config, Console(width=WIDTH))

@@ -1,4 +1,4 @@
-"""What the command does: train in lockstep, print tables and a verdict, write what was found."""
+"""The steps of the command: train in lockstep, print tables and a verdict, write the results."""
 
 from rich.console import Console
 
@@ -10,7 +10,7 @@ from train_examples.torch_twin.plots import picture
 
 
 def run(config: Config, console: Console) -> None:
-    """Trains, and reports; a UserError where the frameworks part in float64."""
+    """Train and report; raise a `UserError` if the frameworks diverge in float64."""
     history = train(config)
     for table in report.tables(history):
         console.print(table)
@@ -22,4 +22,4 @@ def run(config: Config, console: Console) -> None:
     within, verdict = report.float64_verdict(history)
     console.print(verdict)
     if not within:
-        raise UserError("the frameworks part in float64.")
+        raise UserError("the frameworks diverge in float64.")

@@ -1,4 +1,4 @@
-"""The options of the command, and what is wrong with them."""
+"""The options of the command, and their checks."""
 
 import argparse
 import math
@@ -11,11 +11,11 @@ from train_examples.common.errors import UserError
 
 @dataclass(frozen=True)
 class Config:
-    """The options: the command line's, with its defaults, and the sizes, which are fixed there.
+    """The options of the command line with their defaults, and the sizes, which it does not set.
 
     Attributes:
-      reordered: how many more PyTorch runs there are in float32, which see the examples of each
-        batch in another order.
+      reordered: the number of further PyTorch runs in float32, which see the examples of each batch
+        in another order.
     """
 
     steps: int = 200
@@ -37,17 +37,17 @@ class Config:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """The configuration that a command line asks for; exits with a message where it is wrong."""
+    """Return the configuration of a command line, or exit with a message if an option is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m train_examples.torch_twin",
         description="Trains the digits network in PyTorch and in JAX, in lockstep.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=int, default=Config.steps, help="of every run")
-    add("--learning-rate", type=float, default=Config.learning_rate, help="constant")
-    add("--seed", type=int, default=Config.seed, help="of weights, batches and their order")
-    add("--out", type=Path, default=Config.out, help="folder for the picture and the numbers")
+    add("--steps", type=int, default=Config.steps, help="steps of every run")
+    add("--learning-rate", type=float, default=Config.learning_rate, help="constant learning rate")
+    add("--seed", type=int, default=Config.seed, help="seed of weights, batches and their order")
+    add("--out", type=Path, default=Config.out, help="folder of the picture and the numbers")
     try:
         return Config(**vars(parser.parse_args(argv)))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""All runs side by side: one batch after another, and after each how far apart they are."""
+"""Training of all runs in lockstep, with the distances between them after every step."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, islice
@@ -26,7 +26,7 @@ Entries = Mapping[str, np.ndarray]
 
 
 class Name(NamedTuple):
-    """Of a run: "jaxbn", "PyTorch", or "reordered 0" and so on."""
+    """The name of a run: "jaxbn", "PyTorch", or "reordered 0" and so on, and its dtype."""
 
     which: str
     dtype: str
@@ -39,18 +39,21 @@ TRUTH = Name("PyTorch", "float64")
 
 
 class Distance(NamedTuple):
-    """Between two networks, relative to the second: of all entries of a kind as one vector."""
+    """The L2 distances between two networks, relative to the second's norm.
+
+    All entries of a kind form one vector.
+    """
 
     parameters: float
     statistics: float
 
 
 class History(NamedTuple):
-    """One value for each step, from the first on.
+    """The values of each step, from the first on.
 
     Attributes:
-      loss: of each run.
-      distances: of each pair of runs, after the step.
+      loss: the loss of each run before the step.
+      distances: the distances of each pair of runs after the step.
     """
 
     loss: dict[Name, list[float]]
@@ -58,10 +61,10 @@ class History(NamedTuple):
 
 
 def train(config: Config) -> History:
-    """All runs of a configuration, and the distances that tell something."""
+    """Train all runs of a configuration, and return their losses and distances."""
     dataset = data.digits()
-    # Every array says its dtype, so that runs of either can go side by side. On other devices than
-    # CPUs, "highest" has float32 multiplied in float32.
+    # Every array has an explicit dtype, so that runs of both dtypes can be mixed. "highest" makes
+    # devices other than CPUs multiply float32 in float32.
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         runs = start(config, initial(config, dataset.train_images[:1]))
         steps = track(batches(config, dataset), "training", total=config.steps)
@@ -69,13 +72,13 @@ def train(config: Config) -> History:
 
 
 def start(config: Config, variables: Variables) -> dict[Name, Run]:
-    """The runs before the first step, in both precisions and all from the same weights."""
+    """Return the runs before the first step, in both dtypes and with the same weights."""
     runs: dict[Name, Run] = {}
     for dtype in DTYPES:
         ours = FlaxRun(network(config, dtype), config, variables)
         runs[Name("jaxbn", dtype)] = ours
         runs[Name("PyTorch", dtype)] = TorchRun(config, ours.entries())
-        # In float64 one is enough: rounding takes none far.
+        # One is enough in float64, where rounding has little effect.
         for n in range(config.reordered if dtype == "float32" else 1):
             reorder = np.random.default_rng([config.seed, n])
             runs[Name(f"reordered {n}", dtype)] = TorchRun(config, ours.entries(), reorder)
@@ -83,14 +86,14 @@ def start(config: Config, variables: Variables) -> dict[Name, Run]:
 
 
 def pairs(runs: Iterable[Name]) -> list[tuple[Name, Name]]:
-    """Each run with PyTorch's of its precision; those in float32 also with that in float64."""
+    """Pair each run with PyTorch's of its dtype, and those in float32 also with that in float64."""
     same = [(run, run._replace(which="PyTorch")) for run in runs]
     errors = [(run, TRUTH) for run in runs if run.dtype == "float32"]
     return [(run, other) for run, other in same + errors if run != other]
 
 
 def batches(config: Config, dataset: data.Dataset) -> Iterator[Batch]:
-    """Those of the digits example: shuffled and shifted, as the seed has it."""
+    """Yield the batches of the digits example, shuffled and shifted by the seed."""
     epochs = (
         data.training_batches(
             dataset.train_images, dataset.train_labels, config.batch_size, config.seed, epoch
@@ -103,7 +106,7 @@ def batches(config: Config, dataset: data.Dataset) -> Iterator[Batch]:
 def lockstep(
     runs: Mapping[Name, Run], pairs: Iterable[tuple[Name, Name]], batches: Iterable[Batch]
 ) -> History:
-    """Trains all runs on each batch before any sees the next."""
+    """Train all runs on each batch before the next, and return their losses and distances."""
     history = History({name: [] for name in runs}, {pair: [] for pair in pairs})
     for step, batch in enumerate(batches, 1):
         for name, run in runs.items():
@@ -117,11 +120,11 @@ def lockstep(
 
 
 def distance(one: Entries, other: Entries) -> Distance:
-    """How far the entries of a network are from another's."""
+    """Return the distance of the entries `one` from `other`."""
 
     def relative(ending: tuple[str, ...]) -> float:
         keys = [key for key in other if key.endswith(ending)]
-        # In float64, where the difference of what float32 has is exact.
+        # Float64, where the difference of two float32 values is more precise than in float32.
         a, b = (
             np.concatenate([entries[key].ravel() for key in keys]).astype(np.float64)
             for entries in (one, other)

@@ -1,4 +1,4 @@
-"""The picture of a history."""
+"""The plot of a history."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,14 +9,14 @@ from train_examples.torch_twin.report import TITLES, Curves, curves
 
 
 def picture(history: History) -> Figure:
-    """Distances by step: in both precisions, and of float32 from float64."""
+    """Plot the distances by step, within each dtype and of float32 from float64."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for ax, (kind, title) in zip(axes, TITLES.items(), strict=False):
         for dtype in DTYPES:
             found = curves(history, kind, dtype)
             _draw(ax, found)
-            # Where the other precision's lines are far: above float64's, below float32's.
+            # Labels are above float64's lines and below float32's, away from the other dtype's.
             offset = 14 if dtype == "float64" else -20
             end = (len(found.ours), found.ours[-1])
             ax.annotate(dtype, end, (0, offset), textcoords="offset points", ha="right")

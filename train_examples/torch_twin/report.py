@@ -1,4 +1,4 @@
-"""What a history says: tables, verdicts, and the numbers in a file."""
+"""The report of a history: tables, verdicts, and a file of the numbers."""
 
 import json
 from collections.abc import Iterator
@@ -18,24 +18,29 @@ from train_examples.torch_twin.lockstep import TRUTH, History, Name
 Kind = Literal["parameters", "statistics"]
 TITLES: dict[Kind, str] = {"parameters": "parameters", "statistics": "running statistics"}
 STEPS = (1, 10, 50, 100, 200)
-# Of float64's precision half is left for what training makes of rounding.
+# Half of float64's precision is left for the growth of rounding during training.
 FLOAT64_TOLERANCE = 1e-8
 
 
 class Curves(NamedTuple):
-    """Distances of some runs from one, after each step; of the reordered runs a row for each."""
+    """The distances from one run after each step.
+
+    Attributes:
+      ours: the distances of the jaxbn run, (steps,).
+      reordered: the distances of the reordered runs, (runs, steps).
+    """
 
     ours: np.ndarray
     reordered: np.ndarray
 
     @property
     def ratio(self) -> np.ndarray:
-        """Of our distance to the median of the reordered runs."""
+        """The distance of the jaxbn run over the median of the reordered runs."""
         return self.ours / np.median(self.reordered, axis=0)
 
 
 def curves(history: History, kind: Kind, dtype: str, other: Name | None = None) -> Curves:
-    """Distances of the runs of a precision from PyTorch's of the same, or from an `other`."""
+    """Return the distances of the runs of a dtype from PyTorch's of that dtype, or from `other`."""
     other = other or Name("PyTorch", dtype)
 
     def curve(run: Name) -> np.ndarray:
@@ -46,7 +51,7 @@ def curves(history: History, kind: Kind, dtype: str, other: Name | None = None) 
 
 
 def tables(history: History) -> Iterator[Table]:
-    """The distances after some steps, as tables that can be pasted into a page."""
+    """Yield Markdown tables of the distances after some steps."""
     total = len(history.loss[TRUTH])
     steps = sorted({step for step in STEPS if step <= total} | {total})
     for kind, title in TITLES.items():
@@ -83,13 +88,13 @@ def _table(
 
 
 def _spread(values: np.ndarray) -> str:
-    """One value, or the least and the largest of several."""
+    """Return one value as text, or the smallest and the largest of several."""
     least, most = f"{values.min():.0e}", f"{values.max():.0e}"
     return least if least == most else f"{least} to {most}"
 
 
 def float64_verdict(history: History) -> tuple[bool, str]:
-    """Whether the float64 runs stayed together in every step, and what was measured."""
+    """Return whether the float64 runs agree after every step, and a sentence with the distance."""
     worst = max(curves(history, kind, "float64").ours.max() for kind in TITLES)
     within = bool(worst <= FLOAT64_TOLERANCE)
     steps = len(history.loss[TRUTH])
@@ -100,7 +105,7 @@ def float64_verdict(history: History) -> tuple[bool, str]:
 
 
 def float32_summary(history: History) -> str:
-    """How far jaxbn's parameters went beside those of the reordered runs."""
+    """Return sentences that compare jaxbn's distance with those of the reordered runs."""
     found = curves(history, "parameters", "float32")
     ends, ratio = found.reordered[:, -1], found.ratio
     worst = int(ratio.argmax())
@@ -113,7 +118,7 @@ def float32_summary(history: History) -> str:
 
 
 def write_numbers(config: Config, history: History, file: Path) -> None:
-    """All losses and distances, with the options and versions that they are of."""
+    """Write all losses and distances, with the options and versions that gave them."""
     content = {
         "options": asdict(config) | {"out": str(config.out)},
         "versions": {"jax": jax.__version__, "torch": str(torch.__version__)},

@@ -1,4 +1,4 @@
-"""One training run in either framework, step by step, under one interface."""
+"""Training runs in both frameworks, with one interface."""
 
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -22,43 +22,43 @@ Variables = dict[str, Any]
 
 
 class Batch(NamedTuple):
-    """Images, (N, height, width, channels), and labels."""
+    """Images, (N, height, width, channels), and labels, (N,)."""
 
     images: np.ndarray
     labels: np.ndarray
 
     def reordered(self, rng: np.random.Generator) -> "Batch":
-        """The same examples in another order."""
+        """Return the same examples in a random order."""
         order = rng.permutation(len(self.labels))
         return Batch(self.images[order], self.labels[order])
 
 
 class Run(Protocol):
-    """A network that is being trained by SGD with momentum."""
+    """The training of a network by SGD with momentum."""
 
     def step(self, batch: Batch) -> float:
-        """Trains on a batch; the loss before that."""
+        """Take a step on a batch, and return the loss before it."""
         ...
 
     def entries(self) -> dict[str, np.ndarray]:
-        """Parameters and running statistics, in PyTorch's names and layout."""
+        """Return parameters and running statistics, with PyTorch's names and layout."""
         ...
 
 
 def network(config: Config, dtype: DTypeLike = "float32") -> ConvNet:
-    """The digits example's network, with PyTorch's convention in its batch norms."""
+    """Return the digits example's network, with batch norms of PyTorch's convention."""
     return ConvNet(config.widths, norm=partial(BatchNorm, **jaxbn.PYTORCH), dtype=dtype)
 
 
 def initial(config: Config, images: np.ndarray) -> Variables:
-    """What all runs begin with, in float32: the digits example's weights."""
+    """Return the initial variables of all runs, in float32: those of the digits example."""
     model = network(config)
     state = train.create_state(model, images, optax.identity(), config.seed)
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 class FlaxRun:
-    """In JAX, by the digits example's own step."""
+    """A run in JAX, with the training step of the digits example."""
 
     def __init__(self, model: ConvNet, config: Config, variables: Variables) -> None:
         self.state = train.TrainState.create(
@@ -77,10 +77,9 @@ class FlaxRun:
 
 
 class TorchRun:
-    """In PyTorch, from the entries of another run.
+    """A run in PyTorch, from the entries of another run.
 
-    With a `reorder`, each batch's examples are put into another order first. Nothing that is
-    computed depends on it, but for rounding.
+    With `reorder`, the examples of each batch are shuffled first, which changes only the rounding.
     """
 
     def __init__(
@@ -93,8 +92,8 @@ class TorchRun:
         self.dtype = tensors["Dense_0.weight"].dtype
         self.model = torch_model.ConvNet(config.widths).to(self.dtype)
         self.model.load_state_dict(tensors)
-        # Its momentum is Optax's: the gradients' sum with weights 1, momentum, momentum^2...
-        # times the learning rate. `dampening` would make the weights another.
+        # PyTorch's momentum is that of Optax: the step is the learning rate times the sum of the
+        # gradients with weights 1, momentum, momentum^2... `dampening` would change the weights.
         self.sgd = torch.optim.SGD(
             self.model.parameters(), lr=config.learning_rate, momentum=config.momentum
         )
@@ -112,5 +111,5 @@ class TorchRun:
         return loss.item()
 
     def entries(self) -> dict[str, np.ndarray]:
-        # Copies: the next step writes into the tensors.
+        # Copy, as the next step changes the tensors in place.
         return {name: v.numpy().copy() for name, v in self.model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The digits network in PyTorch, and Flax's variables as its state dict."""
+"""The digits network in PyTorch, and the conversion of Flax's variables to its state dict."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -37,10 +37,10 @@ class ConvNet(nn.ModuleDict):
 
 
 def to_state_dict(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, Any]:
-    """PyTorch's state dict of Flax's variables.
+    """Return PyTorch's state dict for Flax's variables.
 
-    `Conv_0/kernel` becomes `Conv_0.weight`, with output and input features first. What a batch
-    norm's entries become is `jaxbn.convert`'s business.
+    `Conv_0/kernel` becomes `Conv_0.weight`, with output and input features first. `jaxbn.convert`
+    converts the batch norms.
     """
     entries: dict[str, Any] = {}
     for name, layer in params.items():
