@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from train_examples.digits.config import UserError
 
+from train_examples.common.errors import UserError
 from train_examples.port_resnet.__main__ import main
 from train_examples.port_resnet.weights import as_dtype, lively, read
 
