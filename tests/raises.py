@@ -1,10 +1,13 @@
 """Check that an error has exactly the expected text."""
 
-import re
+from contextlib import contextmanager
 
 import pytest
 
 
+@contextmanager
 def raises(error, text):
     """Expect an error of this type whose whole text is `text`."""
-    return pytest.raises(error, match=rf"\A{re.escape(text)}\Z")
+    with pytest.raises(error) as info:
+        yield
+    assert str(info.value) == text
