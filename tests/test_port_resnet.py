@@ -199,16 +199,24 @@ def test_a_file_is_written_whole_or_not(tmp_path, networks, monkeypatch):
     assert file.read_bytes() == b"old"
 
 
-def test_the_command(tmp_path, state_dict, capsys):
+def test_the_command(tmp_path, state_dict, batch, float64_results, monkeypatch, capsys):
+    def computed_once(of, on, dtype):
+        # The file holds the weights of `float64_results`, and the options give its batch.
+        if dtype != np.float64:
+            return run_both(of, on, dtype)
+        np.testing.assert_equal((dict(of), on), (dict(state_dict), batch))
+        return float64_results
+
+    monkeypatch.setattr("train_examples.port_resnet.compare.run_both", computed_once)
     file, out = tmp_path / "weights.safetensors", tmp_path / "network.jax"
     weights = as_dtype(state_dict, np.float32)
     save_file({name: torch.tensor(value) for name, value in weights.items()}, file)
-    main(["--state-dict", str(file), "--out", str(out), *SMALL])
+    main(["--state-dict", str(file), "--out", str(out), *SMALL, "--batch-size", "6"])
     printed = " ".join(capsys.readouterr().out.split())
     for row in ("logits in training", "gradients by kernels", "running variances after"):
         assert row in printed
     assert "folded 20 batch norms: logits differ by" in printed
-    assert "its logits of 3 images differ by" in printed
+    assert "its logits of 5 images differ by" in printed
     assert deploy.read(out)(np.zeros((2, PIXELS, PIXELS, 3), np.float32)).shape == (2, CLASSES)
 
 
