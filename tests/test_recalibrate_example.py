@@ -21,7 +21,7 @@ def run():
     return {case.name: case for case in cases}, printed.getvalue()
 
 
-def test_recalibration_mends_what_the_running_averages_miss(run):
+def test_recalibration_helps_where_the_running_averages_fail(run):
     cases, _ = run
     faint = cases["trained weights, faint images"]
     assert faint.running.accuracy < 0.5 and faint.recalibrated.accuracy > 0.85
@@ -58,7 +58,7 @@ def test_pieces_hold_each_image_once():
     np.testing.assert_array_equal(np.concatenate(pieces), images)
 
 
-def test_what_the_user_can_mend_is_said_in_a_line(tmp_path, monkeypatch):
+def test_a_user_error_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"^error: --batch-size must be at most 1437"):
         command.main(["--batch-size", "100000"])
