@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from train_examples.common.data import digits
-from train_examples.common.training import ONE_DEVICE
 from train_examples.recalibrate import __main__ as command
 from train_examples.recalibrate import compare
 
@@ -43,8 +42,10 @@ def test_averages_the_parameters_after_the_start(monkeypatch):
         def __init__(self, step):
             self.step, self.params = step, {"w": jnp.asarray(float(step**2))}
 
-    fake = ONE_DEVICE._replace(step=lambda state, images, labels: (State(state.step + 1), None))
-    monkeypatch.setattr(compare, "ONE_DEVICE", fake)
+    def fake_step(state, images, labels):
+        return State(state.step + 1), None
+
+    monkeypatch.setattr(compare, "train_step", fake_step)
     step, state = compare.AveragingStep(start=2), State(0)
     for _ in range(5):
         state, _ = step(state, None, None)
