@@ -1,4 +1,4 @@
-"""What reading a file ends with, and how much memory that takes."""
+"""The outcome of reading a file, and the memory that it takes."""
 
 import tracemalloc
 

@@ -1,4 +1,4 @@
-"""The digits example on many devices: each step is one device's. Whole runs have another file."""
+"""The digits example on many devices: each step equals that of one device."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from train_examples.digits.train import optimizer, train_step
 STEPS_COMPARED = 3
 BATCH = 64
 
-# A few steps on sums of some thousand numbers, in another order.
+# A few steps, with sums of some thousand numbers in another order.
 TOLERANCE = 1e-9
 
 
@@ -32,7 +32,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def one_device(digits):
-    """A small network, its state at first, and states and metrics of a few steps on one device."""
+    """A small network, its first state, and states and metrics of a few steps on one device."""
     with jax.enable_x64(True):
         model = ConvNet(widths=(4, 6), dtype=jnp.float64)
         # Without a warmup the first step moves the parameters.
@@ -45,7 +45,7 @@ def one_device(digits):
     return model, start, results
 
 
-def test_distance_shows_what_differs_and_what_is_no_number(one_device):
+def test_distance_shows_differences_and_nan(one_device):
     _, _, [*_, (state, _)] = one_device
     assert distance(state, state) == 0
     for factor, wanted in [(2, 1), (np.nan, np.nan)]:
@@ -82,7 +82,7 @@ def test_steps_equal_those_of_one_device(mode, devices, digits, one_device):
         state.opt_state,
         wanted[-1][0].opt_state,
     )
-    # Evaluated by what the step left on the devices.
+    # Evaluation uses the state that the step left on the devices.
     part = digits.test_images[:50], digits.test_labels[:50], np.arange(50) < 43
     for statistics in ("moving", "batch"):
         alone = correct(jax.tree.map(np.asarray, state), *part, statistics)
@@ -90,7 +90,7 @@ def test_steps_equal_those_of_one_device(mode, devices, digits, one_device):
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_comparison_sees_padding_that_counts(digits, one_device):
+def test_the_comparison_detects_padding_that_counts(digits, one_device):
     model, start, wanted = one_device
     mesh = data_mesh(7)
     images, labels = batches(digits)[0]

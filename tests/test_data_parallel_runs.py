@@ -1,4 +1,4 @@
-"""Runs of the data-parallel example in two processes, one of which is lost, and resumed."""
+"""Runs of the data-parallel example in two processes: one is killed, and the run is resumed."""
 
 import signal
 import socket
@@ -21,13 +21,13 @@ from train_examples.data_parallel.train import Result, train
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 3
-# A device of each of two processes has 120 rows, the last of them padding.
+# Each of two devices has 120 rows; the last row of the second is padding.
 OPTIONS = [f"--epochs={EPOCHS}", "--batch-size=239", "--dtype=float64"]
 TWO = ["--processes=2", "--devices=1"]
 TOLERANCE = 1e-9
 
-# Seconds. A process that is killed takes its connections along, and the others soon notice; at the
-# latest when JAX's runtime misses its heartbeat.
+# Seconds. The connections of a killed process close, so the others notice soon; at the latest when
+# JAX's runtime misses its heartbeat.
 NOTICE = 60
 LIMIT = 120
 
@@ -101,12 +101,12 @@ def test_host_that_is_killed(one_device, tmp_path):
         f"not started within 120 seconds. Start them all again: --resume --out {tmp_path} "
         f"continues after the last complete epoch."
     )
-    # Whole epochs of the run are there, and it goes on from them elsewhere and otherwise.
+    # The run continues from its complete epochs, on other devices and in another mode.
     assert_same_run(resume(tmp_path, "--devices=3", "--mode=shard_map"), one_device)
 
 
 def test_process_that_is_killed(one_device, monkeypatch, tmp_path):
-    """The launcher tells which one it was, and ends the other one."""
+    """The launcher says which process it was, and ends the other one."""
     workers = []
 
     class Worker(subprocess.Popen):
@@ -144,7 +144,7 @@ def test_process_that_is_killed(one_device, monkeypatch, tmp_path):
     assert printed.splitlines()[-1] == (
         f"test accuracy {accuracy:.2%} after {EPOCHS} epochs (mode jit, devices 2, processes 2)"
     )
-    # To resume a run that is complete is to read it.
+    # Resuming a complete run reads it.
     assert_same_run(resume(tmp_path), one_device)
 
 

@@ -75,7 +75,7 @@ def test_evaluation_uses_the_statistics_it_names(run):
     assert evaluate(without_averages, images, labels, 64, "moving") < 0.2
 
 
-def test_padding_counts_for_nothing(run):
+def test_padding_does_not_count(run):
     result, _, _ = run
     _, _, images, labels = digits()
     images, labels = images[:50], labels[:50]
@@ -198,7 +198,7 @@ def test_batch_larger_than_the_training_set(tmp_path):
 
 
 def assert_same(a, b):
-    """Bit by bit; a NaN here would mean that training failed."""
+    """Compare bit by bit; a NaN here would mean that training failed."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype

@@ -1,4 +1,4 @@
-"""The digits example's reader of CIFAR-10's files: whole, damaged and hostile ones."""
+"""The reader of CIFAR-10's files: intact, damaged and hostile ones."""
 
 import pickle
 import struct
@@ -14,7 +14,7 @@ CIFAR_IMAGES = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint
 
 
 def python2_pickle(images, labels):
-    """A batch byte by byte as Python 2 wrote it: protocol 2, byte strings, NumPy's old modules."""
+    """Return a batch as Python 2 wrote it: protocol 2, byte strings, NumPy's old modules."""
 
     def string(value):
         return b"U" + bytes([len(value)]) + value
@@ -102,7 +102,7 @@ def test_cifar10_missing(tmp_path):
 
 
 class Touch:
-    """Unpickled as usual, creates a file."""
+    """An object that creates a file when `pickle` loads it."""
 
     def __init__(self, path):
         self.path = path
@@ -173,7 +173,7 @@ def test_cifar10_malformed(tmp_path, content, message):
     assert message in str(error.value)
 
 
-# The pixels, any of which is right, and what is copied of them; and the objects of 1016 opcodes.
+# The pixels, which may have any value, and copies of them; and the objects of 1016 opcodes.
 MOST_MEMORY = 8 * CIFAR_IMAGES.size + 2**18
 
 
@@ -184,9 +184,9 @@ MOST_MEMORY = 8 * CIFAR_IMAGES.size + 2**18
         PICKLE.replace(b"U\1|NNN", b"U\1|NN0"),
         PICKLE.replace(b"U\1|NNN", b"U\1|\x88N0"),
         PICKLE.replace(b"\xff\xff\xff\xffK\0tb\x89", b"\xff\xff\xff\xffK\x3ftb\x89"),
-        # The index of a memo, of which `pickle` makes a table.
+        # A memo index for which `pickle` would allocate a table.
         b"\x80\x02Nr\0\0\0\4.",
-        # Sizes that the file does not have.
+        # Sizes that the file does not hold.
         b"\x80\x05\x8e" + b"\xff" * 7 + b"\x7f.",
         b"\x80\x05\x96" + b"\0\0\0\0\1\0\0\0.",
         b"\x80\x02T\xff\xff\xff\x7f.",
@@ -207,7 +207,7 @@ def test_cifar10_hostile(tmp_path, content):
 
 
 def damaged(content, rng):
-    """Yields files that differ from `content` in a few bytes, or in their length."""
+    """Yield files that differ from `content` in a few bytes, or in their length."""
     start = content.index(CIFAR_IMAGES.tobytes())
     structure = [*range(start), *range(start + CIFAR_IMAGES.size, len(content))]
     for count in (1, 2, 4):
@@ -242,5 +242,5 @@ def test_cifar10_damaged(tmp_path, protocol):
             assert images.shape == (3, 32, 32, 3) and images.dtype == np.uint8
             assert labels.shape == (3,) and labels.max() <= 9
             read += 1
-    # Neither is rare: a change may fall on a label, or on a name that nothing needs.
+    # Both are common: a change may hit a label, or a name that the reader does not need.
     assert read > 20 and refused > 500

@@ -1,4 +1,4 @@
-"""The digits example's data: batches, and the reader of MNIST's files."""
+"""The data of the examples: batches, and the reader of MNIST's files."""
 
 import gzip
 import struct
@@ -17,7 +17,7 @@ MNIST_IMAGES = RNG.integers(0, 256, (7, 28, 28), np.uint8)
 # Batches.
 
 
-def test_digits_are_split_alike_every_time():
+def test_digits_are_split_in_the_same_way_every_time():
     dataset = data.digits()
     again = data.digits()
     assert dataset.train_images.shape == (1437, 8, 8, 1)
@@ -173,7 +173,7 @@ def test_mnist_reads_no_more_than_the_header_declares(tmp_path, content, message
     path.write_bytes(content)
     text, allocated = outcome(mnist.read_idx, path, 3)
     assert text == f"{path} is {message}"
-    # The buffers of gzip and of the file.
+    # The buffers of gzip and of the file are smaller.
     assert allocated < 2**19
 
 

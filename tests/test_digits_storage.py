@@ -1,4 +1,4 @@
-"""The digits example's folder: what is refused there, and what a full disk leads to."""
+"""The folder of a run: its lock, and the errors of its disk."""
 
 import contextlib
 import logging
@@ -26,7 +26,7 @@ def test_a_second_run_in_the_folder_of_a_first_is_refused(tmp_path):
             f"error: --out {tmp_path}: another run is writing there; wait until it ends, or name "
             f"another folder."
         )
-        # The first one is not disturbed.
+        # The first run is not affected.
         history = History(test_accuracy=[0.5])
         checkpoint.save(manager, 1, {"a": np.zeros(3)}, history, first)
     with checkpoint.open_manager(replace(first, resume=True)) as manager:
@@ -35,7 +35,7 @@ def test_a_second_run_in_the_folder_of_a_first_is_refused(tmp_path):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """Lets the system refuse larger files, as a full disk does."""
+    """Make the system refuse larger files, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -44,7 +44,7 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_checkpoint_that_the_disk_does_not_take(tmp_path, caplog):
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, caplog):
     config = Config(out=tmp_path)
     state = {"a": np.random.default_rng(0).random(10_000)}
     whole = History(test_accuracy=[0.5])
@@ -69,7 +69,7 @@ def test_a_checkpoint_that_the_disk_does_not_take(tmp_path, caplog):
         checkpoint.save(manager, 2, state, history, config)
 
 
-def test_reasons_of_the_system():
+def test_the_reason_of_the_operating_system_is_given():
     full = "Failed to write 9 bytes to file 17: No space left on device [os_error_code='28']"
     for error, reason in (
         (ValueError(f"RESOURCE_EXHAUSTED: {full}"), "No space left on device"),
@@ -82,7 +82,7 @@ def test_reasons_of_the_system():
             f"--out out: pictures cannot be written there ({reason}). Fix that, or name another "
             f"folder; what was written before is intact."
         )
-    # Anything else is a mistake of the program, or of another process.
+    # Anything else is a bug, or comes from another process.
     with pytest.raises(ValueError, match="Gloo"), storage.writing("pictures", Path("out")):
         raise ValueError("Gloo: connection closed by peer")
 

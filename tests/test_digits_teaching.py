@@ -52,7 +52,7 @@ def state():
 
 
 def test_the_experiments_have_the_same_network(state):
-    """By the programs: the same primitives on the same shapes in the same order."""
+    """Compare their programs: the same primitives on the same shapes, in the same order."""
 
     def programs(model):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -94,7 +94,7 @@ def test_both_take_the_same_steps(state):
     for _, batch in zip(range(3), epoch, strict=False):
         state, metrics = train.train_step(state, *batch)
         loss = train_nnx.train_step(model, optimizer, *batch)
-        # In float32 a step passes rounding on, by a few times more than it gets.
+        # In float32, each step amplifies the rounding of those before it by a few times.
         np.testing.assert_allclose(loss, metrics.loss, rtol=1e-4)
     for collection in (state.params, state.batch_stats):
         for name, leaves in collection.items():
@@ -105,7 +105,7 @@ def test_both_take_the_same_steps(state):
     model.eval()
     before = np.asarray(model.stages[0].layers[1].mean[...])
     accuracy = train_nnx.evaluate(model, dataset.test_images, dataset.test_labels)
-    # The one image of 360 that may lie on the border.
+    # One image of 360 may lie on the decision boundary.
     wanted = train.evaluate(state, dataset.test_images, dataset.test_labels)
     assert abs(accuracy - wanted) <= 1 / 360
     np.testing.assert_array_equal(model.stages[0].layers[1].mean[...], before)

@@ -15,14 +15,14 @@ from train_examples.common.training import fit, network
 from train_examples.fold import __main__ as command
 from train_examples.fold.compare import compare
 
-# The longest sums are those over 3 x 3 x 64 values, and a bias.
+# The longest sums have 3 x 3 x 64 values and a bias.
 LAYERS, TERMS = 5, 3 * 3 * 64 + 1
 UNIT_ROUNDOFF = {"float32": 2**-24, "float64": 2**-53}
 
 
 def tolerance(dtype):
-    """The share of the largest logit by which each layer's sums can be rounded, in all layers, in
-    either network, where no layer passes on more than it gets."""
+    """Return a bound on the rounding of all layers' sums in both networks, relative to the largest
+    logit, if no layer amplifies the rounding of those before it."""
     return 2 * LAYERS * TERMS * UNIT_ROUNDOFF[dtype]
 
 
@@ -57,7 +57,7 @@ def test_outputs_are_equal(variables, dtype):
     assert result.largest > 1
     assert 0 < result.difference <= tolerance(dtype) * result.largest
     assert result.accuracy[0] > 0.5
-    # One image of 360 may lie on the border.
+    # One image of 360 may lie on the decision boundary.
     assert abs(result.accuracy[0] - result.accuracy[1]) <= 1 / 360
 
 
@@ -76,9 +76,9 @@ def test_the_command_compares_what_it_trained(printed, variables):
     assert 0 < result.difference <= tolerance("float32") * result.largest
 
 
-def test_values_of_the_norms_are_gone(printed):
+def test_the_norms_have_no_variables_left(printed):
     result, _, _ = printed
-    # Scale, bias, mean and variance of each channel; a bias of each convolution is new.
+    # Each channel loses scale, bias, mean and variance, and gains a bias of its convolution.
     channels = 2 * 32 + 2 * 64
     assert result.values[0] - result.values[1] == 3 * channels
 
@@ -95,12 +95,12 @@ def test_the_table(printed):
         assert min(*times[0], *times[1]) > 0
 
 
-def test_a_wrong_option_is_said(tmp_path):
+def test_a_wrong_option_is_reported(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: --resume: there is no checkpoint in"):
         command.main(["--resume", "--out", str(tmp_path)])
 
 
 def test_bfloat16(variables):
-    """Each layer rounds its input, kernel and output to bfloat16; its sums are float32's."""
+    """Each layer rounds its input, kernel and output to bfloat16, and sums in float32."""
     result = comparison(variables, "bfloat16")
     assert 0 < result.difference <= 2 * LAYERS * 3 * 2**-9 * result.largest

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from train_examples.common.data import digits
-from train_examples.common.training import ONE_DEVICE
 from train_examples.recalibrate import __main__ as command
 from train_examples.recalibrate import compare
 
@@ -21,7 +20,7 @@ def run():
     return {case.name: case for case in cases}, printed.getvalue()
 
 
-def test_recalibration_mends_what_the_running_averages_miss(run):
+def test_recalibration_helps_where_the_running_averages_fail(run):
     cases, _ = run
     faint = cases["trained weights, faint images"]
     assert faint.running.accuracy < 0.5 and faint.recalibrated.accuracy > 0.85
@@ -43,8 +42,10 @@ def test_averages_the_parameters_after_the_start(monkeypatch):
         def __init__(self, step):
             self.step, self.params = step, {"w": jnp.asarray(float(step**2))}
 
-    fake = ONE_DEVICE._replace(step=lambda state, images, labels: (State(state.step + 1), None))
-    monkeypatch.setattr(compare, "ONE_DEVICE", fake)
+    def fake_step(state, images, labels):
+        return State(state.step + 1), None
+
+    monkeypatch.setattr(compare, "train_step", fake_step)
     step, state = compare.AveragingStep(start=2), State(0)
     for _ in range(5):
         state, _ = step(state, None, None)
@@ -58,7 +59,7 @@ def test_pieces_hold_each_image_once():
     np.testing.assert_array_equal(np.concatenate(pieces), images)
 
 
-def test_what_the_user_can_mend_is_said_in_a_line(tmp_path, monkeypatch):
+def test_a_user_error_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"^error: --batch-size must be at most 1437"):
         command.main(["--batch-size", "100000"])

@@ -1,4 +1,4 @@
-"""Runs that are killed, checkpoints that are damaged: nothing is lost, and nothing goes unsaid."""
+"""Killed runs and damaged checkpoints: nothing is lost, and all damage is reported."""
 
 import json
 import os
@@ -33,14 +33,14 @@ CONFIG = Config(epochs=EPOCHS, batch_size=256)
 
 
 def restored(out):
-    """What the folder of a finished run holds."""
+    """Return the result of the finished run in a folder."""
     config = replace(CONFIG, out=out, resume=True)
     return train(config)
 
 
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
-    """A cache that this process and others, in the environment returned, share.
+    """The environment of processes that share a compilation cache with this one.
 
     Most of a short run's time is the compiler's.
     """
@@ -62,7 +62,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, compiled_once):
-    """A run that nothing disturbs."""
+    """An undisturbed run: its result and its options."""
     config = replace(CONFIG, out=tmp_path_factory.mktemp("whole"))
     return train(config), config
 
@@ -98,8 +98,8 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(whole, compiled_once,
             text=True,
         )
         if kills < KILLS:
-            # Once something new is in the folder, so that every start gets on, then any moment: in
-            # a step, in an evaluation, while the next checkpoint is being written.
+            # Wait for something new in the folder, so that every start makes progress, and then for
+            # a random moment: in a step, in an evaluation, while a checkpoint is being written.
             while process.poll() is None and (
                 not folder.is_dir() or sorted(folder.iterdir()) == written
             ):
@@ -132,7 +132,7 @@ DAMAGE = {
 
 
 def restored_with(config, wanted):
-    """Restores as a resumed run does, into a state like the `wanted` result's."""
+    """Restore as a resumed run does, into a state like that of the `wanted` result."""
     config = replace(config, resume=True)
     with checkpoint.open_manager(config) as manager:
         return checkpoint.restore(manager, wanted.state, config)
@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
 
 
 def edit(path, change):
-    """Changes what a file of JSON holds."""
+    """Change the value in a JSON file."""
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
@@ -205,7 +205,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("part", EDITS)
-def test_what_changed_on_the_disk_is_noticed(whole, tmp_path, capsys, part):
+def test_changes_on_the_disk_are_detected(whole, tmp_path, capsys, part):
     wanted, config = whole
     config = replace(config, out=copy_of(config.out, tmp_path / "out"))
     EDITS[part](config.out / "checkpoints" / str(EPOCHS))
@@ -215,11 +215,11 @@ def test_what_changed_on_the_disk_is_noticed(whole, tmp_path, capsys, part):
         f"continuing from that of epoch {EPOCHS - 1}.\n"
     )
     assert_is_before_the_last(state, history, wanted)
-    # It is removed, so that it can be written anew.
+    # It is removed, so that it can be written again.
     assert not (config.out / "checkpoints" / str(EPOCHS)).exists()
 
 
-def test_where_no_checkpoint_is_whole_the_error_says_so(whole, tmp_path):
+def test_where_no_checkpoint_is_intact_the_error_says_so(whole, tmp_path):
     wanted, config = whole
     out = copy_of(config.out, tmp_path / "out")
     for epoch in (EPOCHS - 1, EPOCHS):

@@ -17,7 +17,7 @@ from train_examples.common.config import Config
 from train_examples.common.data import Dataset, load
 from train_examples.common.model import ConvNet
 from train_examples.common.training import ONE_DEVICE, fit, network
-from train_examples.digits.train import Metrics, TrainState
+from train_examples.digits.train import Metrics, TrainState, train_step
 
 Tree = Any
 # As of a fainter scan on grey paper.
@@ -50,7 +50,7 @@ class AveragingStep:
     def __call__(
         self, state: TrainState, images: ArrayLike, labels: ArrayLike
     ) -> tuple[TrainState, Metrics]:
-        state, metrics = ONE_DEVICE.step(state, images, labels)
+        state, metrics = train_step(state, images, labels)
         if int(state.step) > self.start:
             self.averaged += 1
             before = state.params if self.params is None else self.params
