@@ -41,7 +41,7 @@ def forgotten_programs():
     gc.collect()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def without_compilation_cache():
     """Compile every program anew, for tests of what the compiler makes of it."""
     directory = jax.config.jax_compilation_cache_dir
