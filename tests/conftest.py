@@ -16,6 +16,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 HAIKU = "Haiku promotes the count of its moving averages."
 FLAX = "Flax promotes inputs of other dtypes than the parameters'."
 OPTAX = "Optax promotes the count of its steps."
+EXAMPLES = "The examples train with Optax, and take inputs of other dtypes than the parameters'."
 # Beginnings of the names of files in which a framework promotes, and what it promotes.
 PROMOTING = {
     "test_adapters": HAIKU,
@@ -24,6 +25,9 @@ PROMOTING = {
     "test_decay_mask": OPTAX,
     "test_fold": FLAX,
     "test_inference": FLAX,
+    **dict.fromkeys(("test_data_parallel", "test_digits", "test_port_resnet"), EXAMPLES),
+    **dict.fromkeys(("test_questions", "test_recalibrate_example", "test_reliability"), EXAMPLES),
+    "test_torch_twin": EXAMPLES,
 }
 
 
