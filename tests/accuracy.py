@@ -1,4 +1,4 @@
-"""A training step in the form of any platform, and its errors against extended precision."""
+"""Run a training step in the form of any platform, and check its errors."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -19,8 +19,8 @@ DY = _RNG.normal(size=(N, C)).astype(np.float32)
 
 # 8 roundings: y takes about four, and sums over the batch, which XLA adds up in a tree, a few.
 TOLERANCE = 1e-6
-# But sums of complex numbers, which stand for two sums on a GPU, XLA for CPUs adds up one by one.
-# Each of the N additions rounds by up to 2^-24 of the sum, at random.
+# XLA for CPUs adds complex numbers, the form of two sums on a GPU, one by one. Each of the N
+# additions rounds by up to 2^-24 of the sum, at random.
 COMPLEX_TOLERANCE = 2 * N**0.5 * 2**-24
 GRADIENTS = ("dx", "dscale", "dbias")
 # Squares below the least normal number are lost, and they are divided by N before they are added.
@@ -28,7 +28,7 @@ LEAST_VARIANCE = N * float(np.finfo(np.float32).tiny)
 
 
 class Layout(NamedTuple):
-    """How N rows of C features are given to the layer, and its output is turned into rows."""
+    """Maps from N rows of C features to the layer's input, and from its output to rows."""
 
     into: Callable
     back: Callable
@@ -71,7 +71,7 @@ def step(x, dy, mask=None, scale=SCALE, bias=BIAS, axis=-1, axis_name=None) -> o
 @cache
 def step_in(form: str, axis: int = -1) -> Callable[..., oracle.Result]:
     compiled = forms.jit(partial(step, axis=axis), form)
-    # As NumPy arrays, which differ from extended precision in extended precision.
+    # As NumPy arrays, so that differences from the truth are in extended precision.
     return lambda *arguments: jax.tree.map(np.asarray, compiled(*arguments))
 
 
@@ -84,7 +84,7 @@ def run(form: str, layout: str, x: np.ndarray, mask: np.ndarray | None = None) -
 
 
 def assert_accurate(ours: oracle.Result, truth: oracle.Result, form: str, *context: str) -> None:
-    """Check all results to the tolerance, of their largest value and the statistics by feature."""
+    """Check results relative to their largest value, and statistics feature by feature."""
     deviation = np.sqrt(truth.var)
     errors = {key: oracle.error(getattr(ours, key), getattr(truth, key)) for key in GRADIENTS}
     errors["y"] = oracle.error(ours.y, truth.y)

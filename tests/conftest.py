@@ -9,12 +9,26 @@ from jax.experimental.compilation_cache import compilation_cache
 
 # Read when JAX first looks for devices, so before any test.
 jax.config.update("jax_num_cpu_devices", 8)
-# What is promoted here would raise in the programs of users who forbid it.
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 # Read when PyTorch and Keras are first imported. Each of pytest's processes has a core to itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "jax")
+
+HAIKU = "Haiku promotes the count of its moving averages."
+FLAX = "Flax promotes inputs of other dtypes than the parameters'."
+OPTAX = "Optax promotes the count of its steps."
+EXAMPLES = "The examples train with Optax, and take inputs of other dtypes than the parameters'."
+# Beginnings of the names of files in which a framework promotes, and what it promotes.
+PROMOTING = {
+    "test_adapters": HAIKU,
+    "test_calibrate": FLAX,
+    "test_convert": HAIKU,
+    "test_decay_mask": OPTAX,
+    "test_fold": FLAX,
+    "test_inference": FLAX,
+    **dict.fromkeys(("test_data_parallel", "test_digits", "test_port_resnet"), EXAMPLES),
+    **dict.fromkeys(("test_questions", "test_recalibrate_example", "test_reliability"), EXAMPLES),
+    "test_torch_twin": EXAMPLES,
+}
 
 
 def pytest_configure(config):
@@ -41,7 +55,7 @@ def forgotten_programs():
     gc.collect()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def without_compilation_cache():
     """Compile every program anew, for tests of what the compiler makes of it."""
     directory = jax.config.jax_compilation_cache_dir
@@ -52,9 +66,23 @@ def without_compilation_cache():
     compilation_cache.reset_cache()
 
 
+def promote(dtypes, ranks):
+    jax.config.update("jax_numpy_dtype_promotion", dtypes)
+    jax.config.update("jax_numpy_rank_promotion", ranks)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion(request):
+    """Forbid promotion, since what promotes would raise in programs of users who forbid it."""
+    if not request.path.stem.startswith(tuple(PROMOTING)):
+        promote("strict", "raise")
+    yield
+    promote("standard", "allow")
+
+
 @pytest.fixture
 def standard_promotion():
-    """Promote dtypes and ranks as JAX does by default, for other frameworks' own code."""
+    """Promote as JAX does by default, for other frameworks' own code."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 

@@ -1,4 +1,4 @@
-"""Ways of sharing one batch among devices, and batches for which that is hard."""
+"""Ways to share one batch among devices, and batches for which that is hard."""
 
 from functools import cache, partial
 
@@ -40,7 +40,7 @@ def step(x, mask, dy, params, state, layer=function, **options):
     return y, *vjp(dy), state
 
 
-# On one device, and by sharding: the reference in most tests.
+# Runs on one device, as the reference, or on sharded arrays.
 compiled_step = jax.jit(step, static_argnames="layer")
 
 

@@ -1,4 +1,4 @@
-"""Run the forms that other platforms get on the CPU: the same computation, compiled for tests.
+"""Compile the forms of other platforms for the CPU.
 
 `jaxbn._fusion` gives each platform a form of its own. All of them are plain JAX, so each compiles
 for a CPU, too, with its own formulas and its own derivative.
@@ -20,14 +20,14 @@ FORMS = ("cpu", "cuda", "tpu")
 
 @contextmanager
 def of(platform: str) -> Iterator[None]:
-    """Trace what is traced inside as if it were compiled for `platform`."""
+    """Trace functions inside this context as if for `platform`."""
 
     def by_platform(*arguments: jax.Array, **forms: Callable[..., Any]) -> Any:
         form = forms.get(platform, forms["default"])
         return form(*_fusion._varying_alike(*arguments))
 
     real = _fusion.by_platform
-    # What was traced before for another form must not be found again.
+    # Forget earlier traces in another form.
     jax.clear_caches()
     _fusion.by_platform = by_platform
     try:

@@ -1,4 +1,4 @@
-"""Arrangements of the hard inputs: where in a batch their values lie."""
+"""Arrangements of the hard inputs: the order of their values in a batch."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ SAMPLED = {
 
 
 def spike_at(x: np.ndarray, row: int) -> np.ndarray:
-    """Swap to `row`, in each feature, the value that is the farthest from the median."""
+    """Move the value farthest from the median to `row`, in each feature."""
     y, features = x.copy(), np.arange(x.shape[1])
     far = np.abs(x - np.median(x, 0)).argmax(0)
     y[far, features], y[row] = x[row], x[far, features]

@@ -1,4 +1,4 @@
-"""Layers of `jaxbn.nnx` as tests take them: with known arrays, and apart from their module."""
+"""Helpers to make, fill and train `jaxbn.nnx` layers in tests."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def stats(layer):
 
 
 def randomize(layer, seed=1):
-    """Parameters and statistics that no default would match by chance."""
+    """Set parameters and statistics to values that no default matches by chance."""
     rng = np.random.default_rng(seed)
     state = nnx.state(layer)
     for leaf in state.values():
@@ -39,7 +39,7 @@ def randomize(layer, seed=1):
 
 
 def train_step(layer, x, dy, **call):
-    """The output, the gradients of parameters and input; the layer's statistics are moved."""
+    """Return output and gradients of parameters and input, and update the layer's statistics."""
     graphdef, trained, rest = nnx.split(layer, nnx.Param, ...)
 
     def forward(trained, x):

@@ -1,4 +1,4 @@
-"""One of several processes that take a training step together: see test_processes.py."""
+"""Run one of the processes of test_processes.py, which take a training step together."""
 
 import itertools
 import sys

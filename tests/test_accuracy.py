@@ -1,6 +1,6 @@
-"""Inputs on which float32 batch norms lose digits: ours keeps them, as extended precision shows.
+"""Results on inputs that are hard in float32, compared with extended precision.
 
-Each form of the computation that `jaxbn._fusion` has for some platform is run on the CPU.
+Each form of the computation that `jaxbn._fusion` has for a platform runs on the CPU here.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from tests.hard_inputs import ARRANGEMENTS, SAMPLED, arranged, extremes_sampled
 every_form = pytest.mark.parametrize("form", forms.FORMS)
 
 
-# The truth takes longer than what is compared with it: one serves all forms and layouts.
+# Extended precision is slow, so one truth serves all forms and layouts.
 @pytest.mark.parametrize("name", INPUTS)
 def test_hard_inputs(name):
     for arrangement in ARRANGEMENTS:
@@ -43,7 +43,7 @@ def test_hard_inputs(name):
 @every_form
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_deviations_beyond_the_promise(layout, form):
-    """Their squares are still in the range of float32, and products of gradients just so."""
+    """The squares of these deviations, and products of gradients, still fit into float32."""
     x = (NORMAL * 1e17).astype(np.float32)
     assert_accurate(run(form, layout, x), oracle.batch_norm(x, DY, SCALE, BIAS), form)
 
@@ -86,7 +86,7 @@ def test_the_worst_sample(name, layout):
 @every_form
 @pytest.mark.parametrize("mean", [0.0, 0.95, 1.5, 1.95, 1e3])
 def test_features_first(mean, form):
-    """Other reductions for the compiler, which adds up in another order."""
+    """The compiler reduces over other axes, and adds in another order."""
     rng = np.random.default_rng(7)
     x = (mean + rng.normal(size=(16, 8, 1000))).astype(np.float32)
     dy = rng.normal(size=x.shape).astype(np.float32)
@@ -112,7 +112,7 @@ def test_a_constant_feature_is_exactly_zero_before_the_bias(value, shape, form):
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_running_statistics(name):
-    """Feature by feature: each mean to a rounding of its size, or of the larger deviation."""
+    """Each mean has the error of a rounding of its size, or of the deviation if that is larger."""
     x = INPUTS[name].astype(np.float32)
     truth = oracle.batch_norm(x, DY, SCALE, BIAS)
     size = np.maximum(np.abs(truth.mean), np.sqrt(truth.var))
@@ -144,7 +144,7 @@ def test_a_naive_variance_would_be_caught():
 
 @pytest.mark.parametrize("key", oracle.Result._fields)
 def test_an_error_in_any_result_would_be_caught(key):
-    """By 1.1e-6 of the largest value, or of that of a feature."""
+    """The error is 1.1e-6 of the largest value, in all values."""
     x = INPUTS["N(1e3, 1)"].astype(np.float32)
     truth = oracle.batch_norm(x, DY, SCALE, BIAS)
     assert_accurate(truth, truth, "cpu")

@@ -1,6 +1,6 @@
-"""Inputs on which float32 batch norms lose digits, as batches that eight devices share.
+"""Results on inputs that are hard in float32, in batches that eight devices share.
 
-Each form of the computation that `jaxbn._fusion` has for some platform is run on CPUs.
+Each form of the computation that `jaxbn._fusion` has for a platform runs on CPUs here.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from tests.accuracy import BIAS, DY, LAYOUTS, SCALE, assert_accurate, step
 from tests.hard_inputs import ARRANGEMENTS, arranged
 
 DEVICES = 8
-# Device i has i of seven rows, so the first has none.
+# Device i counts i of every seven rows, so the first device counts none.
 UNEQUAL = (np.arange(N) % 7 < np.arange(N) // (N // DEVICES))[:, None]
 
 every_form = pytest.mark.parametrize("form", forms.FORMS)
@@ -41,7 +41,7 @@ def by_shard_map(form):
 
 @cache
 def by_jit(form):
-    """Statistics are shared because the batch is sharded, without any name."""
+    """Share statistics without any axis name, because the batch is sharded."""
     compiled, sharding = forms.jit(step, form), NamedSharding(mesh(), P("data"))
     return lambda *arrays: compiled(*(jax.device_put(a, sharding) for a in arrays))
 
@@ -62,7 +62,7 @@ def run(way, form, x, dy=DY):
     return oracle.Result(back(y), back(dx), *others)
 
 
-# The truth takes longer than what is compared with it: one serves all ways and forms.
+# Extended precision is slow, so one truth serves all ways and forms.
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("mask", [None, UNEQUAL], ids=["", "unequal counts"])
 def test_hard_inputs(name, mask):

@@ -1,4 +1,4 @@
-"""Real activations, ordered in space as they are, and batches of a million values a feature."""
+"""Results on real activations in their spatial order, and on a million values per feature."""
 
 from functools import cache
 
@@ -14,10 +14,10 @@ from tests.accuracy import BIAS, SCALE, TOLERANCE, step_in
 
 @cache
 def stem() -> np.ndarray:
-    """Return what the first convolution of a network makes of a photograph, in float32.
+    """Return the output of a network's first convolution on a photograph, in float32.
 
     The photograph is normalized as for ImageNet. The kernel has size 3, stride 2 and He's
-    initialization. Sky fills the upper half, so that no few rows are like all of them.
+    initialization. Sky fills the upper half, so a few rows do not represent the others.
     """
     photograph = load_sample_image("china.jpg")[None].astype(np.float32) / 255
     x = (photograph - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -47,7 +47,7 @@ def test_the_stem_of_a_network_on_a_photograph(axis):
 @pytest.mark.parametrize("mean", [1e7, 1.0])
 @pytest.mark.parametrize("shape", [(2**20, 3), (64, 128, 128, 3)])
 def test_a_million_values(mean, shape):
-    """Sums of so many numbers lose digits unless they are added up in a tree."""
+    """Sums of this many numbers lose digits unless they are added in a tree."""
     x = (mean + np.random.default_rng(6).normal(size=shape)).astype(np.float32)
     dy = np.random.default_rng(7).normal(size=shape).astype(np.float32)
     scale, bias = SCALE[:3], BIAS[:3]
@@ -58,5 +58,5 @@ def test_a_million_values(mean, shape):
         assert np.all(np.abs(ours.var - truth.var) <= TOLERANCE * truth.var), form
         assert np.all(np.abs(ours.mean - truth.mean) <= TOLERANCE * np.abs(truth.mean)), form
         if form != "cuda":
-            # As a sum of complex numbers it is added up one by one, on a CPU alone.
+            # Only a CPU adds the complex numbers of this form one by one.
             assert oracle.error(ours.dx, truth.dx) <= TOLERANCE, form

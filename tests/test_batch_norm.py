@@ -1,4 +1,4 @@
-"""The contract of `init` and `batch_norm`, line by line."""
+"""The contract of `init` and `batch_norm`."""
 
 from types import MappingProxyType
 

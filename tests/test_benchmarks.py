@@ -1,4 +1,4 @@
-"""The benchmarks: that ratios are right, that forms agree, that reports come out."""
+"""The benchmarks compute right ratios, compare equal forms, and write their reports."""
 
 import itertools
 import json
@@ -27,8 +27,6 @@ from benchmarks import (
 from benchmarks.contenders import Problem
 from benchmarks.settings import Settings
 from tests import oracle
-
-pytestmark = pytest.mark.usefixtures("without_compilation_cache")
 
 MAKERS, MISSING = contenders.available()
 
@@ -119,7 +117,7 @@ def test_kept_bytes_are_those_of_the_input_and_a_few_features():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_speed_of_one_shape(monkeypatch, tmp_path):
-    """Every contender is timed in every pass and reported. How long they took is not asserted."""
+    """Every contender is timed in every pass and reported. The times are not asserted."""
     monkeypatch.setattr(
         speed, "problems", lambda shapes: [("NHWC", Problem((32, 4), -1, "float32"))]
     )
@@ -194,6 +192,7 @@ def test_forms_of_one_thing_agree():
         assert text.count(f"| {name} |") == 2
 
 
+@pytest.mark.usefixtures("without_compilation_cache")
 def test_forms_of_moments_differ_by_platform():
     x, shift = jnp.ones((4, 6, 6, 8)), jnp.zeros((1, 1, 1, 8))
     texts = {

@@ -1,4 +1,4 @@
-"""How often devices speak to one another, counted in the compiled program."""
+"""The number of collectives in compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def shard_mapped(function, mesh, batch, check, gradients=False):
 
 @pytest.mark.parametrize("check", [True, False])
 def test_shard_map_has_one_forward_and_one_backward(mesh, batch, check):
-    """The backward one carries the gradients of the parameters too where the check sums them."""
+    """If the check sums the gradients of parameters, the backward collective carries them too."""
     assert collectives(shard_mapped(forward, mesh, batch, check)) == ["all-gather"]
     both = shard_mapped(backward, mesh, batch, check, gradients=True)
     assert collectives(both) == ["all-gather", "all-reduce"]
@@ -68,7 +68,7 @@ def test_shard_map_has_one_forward_and_one_backward(mesh, batch, check):
 
 @pytest.mark.parametrize("check", [True, False])
 def test_shard_map_in_half_precision_has_one_sum_each_way(mesh, batch, check):
-    """Their bytes do not grow with the number of devices."""
+    """The bytes of a collective do not grow with the number of devices."""
     batch = (batch[0].astype(jnp.bfloat16), *batch[1:])
     assert collectives(shard_mapped(forward, mesh, batch, check)) == ["all-reduce"]
     both = shard_mapped(backward, mesh, batch, check, gradients=True)
@@ -85,7 +85,7 @@ def test_pmap_has_one_forward_and_one_backward(batch):
 
 
 def under_jit(function, mesh, batch, form):
-    """The collectives of a program whose batch is sharded, in the form of a platform."""
+    """Return the collectives of a program with a sharded batch, in the form of a platform."""
     sharded, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     params, state = jax.device_put(jaxbn.init(SHAPE), replicated)
     batch = jax.device_put(batch, sharded)
@@ -98,7 +98,7 @@ def under_jit(function, mesh, batch, form):
 
 
 def test_jit_on_a_cpu_has_one_forward_and_one_that_rarely_runs(mesh, batch):
-    """The second is in the loop that reads the batch again; one more is of the backward pass."""
+    """The second is in the loop that reads the batch again; the backward pass has one more."""
     assert under_jit(forward, mesh, batch, "cpu") == ["all-reduce"] * 2
     assert under_jit(backward, mesh, batch, "cpu") == ["all-reduce"] * 3
 
@@ -114,7 +114,7 @@ def test_jit_on_a_tpu_has_three_forward_and_one_backward(mesh, batch):
 
 
 def test_jit_on_a_tpu_in_half_precision_has_one_forward_and_one_backward(mesh):
-    """The running mean is the shift, and every device has it."""
+    """The shift is the running mean, which every device has."""
     x = (jnp.ones(SHAPE, jnp.bfloat16),)
     assert under_jit(forward, mesh, x, "tpu") == ["all-reduce"]
     assert under_jit(backward, mesh, x, "tpu") == ["all-reduce"] * 2

@@ -1,4 +1,4 @@
-"""What XLA compiles of a training step: no loop, no branch, and no more bytes than promised.
+"""XLA compiles a training step without loops or branches, and to the promised bytes.
 
 A compiler for GPUs or TPUs runs without the device. Where none is installed, the program for the
 CPU keeps what it can.
@@ -39,7 +39,7 @@ def quick(target: str, name: str) -> list[dict]:
 
 
 def pairs(records: list[dict], *keys: str) -> dict[tuple, tuple[dict, dict]]:
-    """Ours and Flax's record of each case."""
+    """Return our record and Flax's of each case."""
     by_case: dict[tuple, dict[str, dict]] = {}
     for one in records:
         by_case.setdefault(tuple(one[key] for key in keys), {})[one["layer"]] = one
@@ -82,7 +82,7 @@ def test_collectives_of_a_layer_on_tpus():
 
 
 def cpu_program(layer: str, case: Case) -> tuple[hlo.Counts, float, float]:
-    """Counts, and bytes moved and of temporaries over the input's."""
+    """Return counts, and the bytes moved and of temporaries relative to the input's."""
     sizes = (32, 16, 16, 64)
     program = programs.layer(layer, case, sizes, SingleDeviceSharding(jax.devices("cpu")[0]))
     counts = hlo.count(program.as_text())
@@ -165,7 +165,7 @@ PARTS = {
 
 
 def test_two_environments_fill_one_report(monkeypatch, tmp_path):
-    """Each run measures for the compilers at hand, and keeps what another run left."""
+    """Each run measures for the installed compilers, and keeps the results of other runs."""
 
     def run(*installed: str) -> dict:
         monkeypatch.setattr(targets, "is_installed", lambda target: target in installed)

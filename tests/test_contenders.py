@@ -1,4 +1,4 @@
-"""The benchmarks' layers and data: that all do the same job on the data that the tables name."""
+"""The benchmarks' layers all do the same job, on the data that the tables name."""
 
 import argparse
 
@@ -13,7 +13,7 @@ from benchmarks.resnet import NORMS, ResNet
 from benchmarks.resnet import training_step as step
 from tests import oracle
 
-# Contenders promote dtypes.
+# Some of the other libraries promote dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 MAKERS, MISSING = contenders.available()
@@ -48,7 +48,7 @@ def assert_same_job(
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_contenders_do_the_same_job(name, problem):
     contender, arrays = MAKERS[name](problem), speed.arrays(problem)
-    # Statistics unlike the batch's, so that every layer has to be given them, and to move them.
+    # Statistics unlike the batch's, so that a layer that ignores or keeps them fails.
     arrays = arrays._replace(mean=arrays.mean + 0.5, var=2 * arrays.var)
     batch = contender.put(arrays)
     x, _, scale, bias, mean, var = (np.asarray(v, np.float32) for v in arrays)
@@ -58,7 +58,7 @@ def test_contenders_do_the_same_job(name, problem):
 
     def numpy(y) -> np.ndarray:
         if name == "PyTorch":
-            # Whatever lies last in memory, features are on axis 1.
+            # Features are on axis 1, whichever axis is last in memory.
             y = y.float() if problem.axis == 1 else y.float().movedim(1, -1)
         return np.asarray(y, np.float32)
 

@@ -1,4 +1,4 @@
-"""Bad names of mapped axes and bad groups get an error that says what is wanted."""
+"""Bad names of mapped axes and bad groups raise errors that say what is wanted."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""N devices give what one device gives with the whole batch, in every way of mapping."""
+"""N devices compute what one device computes from the whole batch, however they are mapped."""
 
 from functools import partial
 
@@ -58,7 +58,7 @@ def test_n_devices_equal_one_in_the_forms_of_other_platforms(way, batch, form):
 @pytest.mark.parametrize("batch", ["unequal", "no value at all"])
 @pytest.mark.parametrize("way", ["shard_map", "vmap in shard_map", "jit, batch sharded"])
 def test_n_devices_equal_one_in_half_precision(way, batch, form):
-    """To a rounding of y and dx in bfloat16, and a few of the sums in float32."""
+    """The tolerance is a rounding of y and dx in bfloat16, and a few roundings of float32 sums."""
     (x, mask, dy), params, state = problem(batch)
     batch = x.astype(jnp.bfloat16), mask, dy.astype(jnp.bfloat16)
     params, state = (jax.tree.map(lambda v: v.astype(jnp.float32), v) for v in (params, state))
@@ -107,7 +107,7 @@ def test_gradients_from_outside_of_shard_map(check):
 @pytest.mark.parametrize("batch", ["equal", "unequal", "a device without values"])
 @pytest.mark.parametrize("way", ["pmap", "shard_map, unchecked"])
 def test_groups_of_devices(way, groups, batch):
-    """Where JAX has groups: within each, N devices equal one."""
+    """Within each group, N devices equal one. Only these ways of mapping support groups."""
     batch, params, state = problem(batch)
     each = partial(step, params=params, state=state, axis_name="data", axis_index_groups=groups)
     split_batch = split(batch)
@@ -186,7 +186,7 @@ def test_accuracy_in_float32(way, name, masked):
 
 
 def test_the_merge_overflows_no_earlier_than_one_device():
-    """A deviation of 1.7e19, the square of which float32 holds: but not 5e19 squared."""
+    """float32 holds the square of the deviation, 1.7e19, but not that of the value 5e19."""
     x = jnp.where(jnp.arange(DEVICES)[:, None, None, None] == 5, 5e19, jnp.zeros((8, 4, 1, 1)))
 
     def step(x, axis_name=None):
@@ -203,7 +203,7 @@ def test_the_merge_overflows_no_earlier_than_one_device():
 
 @pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map"])
 def test_a_feature_constant_on_all_devices_is_exactly_zero(way):
-    """On seven of them: of seven times 3.3 in float32, a seventh is not 3.3."""
+    """Seven devices have values: in float32, a seventh of seven times 3.3 is not 3.3."""
     x = jnp.full((16, 5, FEATURES), 3.3, jnp.float32)
     mask = jnp.asarray(a_device_without(None, x.shape))
     params, state = jaxbn.init(x.shape)

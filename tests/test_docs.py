@@ -1,4 +1,4 @@
-"""What the project says in public: its names, and the code in its README."""
+"""The public names, and the code in README and docs, are as documented."""
 
 import importlib
 import inspect
@@ -39,7 +39,7 @@ MODULES = [
 
 
 def public(module):
-    """The names of a module that are its own."""
+    """Return the names that a module defines itself."""
     return {n for n, v in vars(module).items() if n[0] != "_" and not inspect.ismodule(v)}
 
 
@@ -170,5 +170,5 @@ CODE = {
 
 @pytest.mark.parametrize("page", [name for name, code in CODE.items() if code])
 def test_the_code_in_the_docs_runs(page):
-    """In a process of its own, as one page asks for devices."""
+    """Pages run in their own process, as one of them asks for devices."""
     subprocess.run([sys.executable, "-c", CODE[page]], check=True, cwd=ROOT)

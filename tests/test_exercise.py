@@ -102,7 +102,7 @@ def test_training_time_normalization(shape):
 
 
 def moved(shape):
-    """The states that three batches lead to, and what the exercise's formula gives."""
+    """Return the states after each of three batches, and those of the exercise's formula."""
     params, state = layer(shape)
     mean, var = (np.asarray(state[k]) for k in ("mean", "var"))
     for seed in range(3):

@@ -1,4 +1,4 @@
-"""A Linen model changes one import: the same arguments, numbers and dtypes as Flax's layer has."""
+"""A Linen model that changes one import gets the arguments, numbers and dtypes of Flax."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ ours, theirs = jaxbn.linen.BatchNorm, nn.BatchNorm
 
 
 def trained(layer, x, **call):
-    """The output and the variables after initialization, two steps, and in evaluation."""
+    """Return outputs and variables of the initialization, two steps, and an evaluation."""
     initial, variables = layer.init_with_output(KEY, x, False, **call)
     results = [initial, variables]
     for k in range(2):
@@ -35,7 +35,7 @@ def test_a_comparison_can_fail():
 class TestArguments:
     @pytest.mark.usefixtures("standard_promotion")
     def test_positional(self):
-        """Flax's fourteen, in its order."""
+        """All fourteen of Flax, in its order."""
         arguments = (
             *(None, 0, 0.7, 1e-3, jnp.bfloat16, jnp.float32, True, False),
             *(nn.initializers.constant(0.5), nn.initializers.ones, "data", None, False, False),
@@ -90,7 +90,7 @@ class TestMasks:
     mask = np.random.default_rng(1).random((8, 1)) < 0.6
 
     def test_where_it_counts(self):
-        """Statistics and outputs are Flax's; elsewhere the input is NaN, and the output is bias."""
+        """Statistics and outputs are Flax's. A masked-out input is NaN, and its output the bias."""
         x = np.where(self.mask, X, np.nan)
         got, wanted = (trained(layer(), x, mask=self.mask) for layer in (ours, theirs))
 
@@ -124,7 +124,7 @@ class TestMasks:
 
 class TestCumulativeAverage:
     def test_over_statistics_without_count(self):
-        """Trained statistics are not replaced by those of the first batch."""
+        """The first batch does not replace trained statistics."""
         layer = ours(momentum=None)
         variables = ours().init(KEY, X, False)
         with pytest.raises(ValueError) as raised:

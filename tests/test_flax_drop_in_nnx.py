@@ -1,4 +1,4 @@
-"""An NNX model changes one import: the same arguments, numbers and dtypes as Flax's layer has."""
+"""An NNX model that changes one import gets the arguments, numbers and dtypes of Flax."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ ours, theirs = jaxbn.nnx.BatchNorm, nnx.BatchNorm
 
 
 def trained(norm, x, *, mask=None, **options):
-    """Two steps and an evaluation of one layer."""
+    """Return outputs and arrays of two steps and an evaluation."""
     layer = norm(x.shape[-1], **options, rngs=nnx.Rngs(0))
     results = [layer(x, mask=mask), layer(x + 1, mask=mask), arrays(layer)]
     layer.eval()
@@ -117,7 +117,7 @@ class TestDtypes:
         assert_close(*results)
 
     def test_narrow_dtype_rounds_only_the_result(self):
-        """Far from zero, a mean that is rounded to bfloat16 would be off by whole deviations."""
+        """Far from zero, rounding the mean to bfloat16 would move it by whole deviations."""
         layer = ours(4, dtype="bfloat16", momentum=0.0, rngs=nnx.Rngs(0))
         x = 300 + X
         layer(x)
@@ -160,7 +160,7 @@ class TestMasks:
 
     @pytest.mark.parametrize("kind", ["int32", "float32"])
     def test_of_numbers(self, kind):
-        """As in Flax's Linen layer; its NNX layer refuses them."""
+        """Flax's Linen layer accepts these masks, and its NNX layer refuses them."""
         got, wanted = (trained(ours, X, mask=m) for m in (self.mask.astype(kind), self.mask))
         jax.tree.map(np.testing.assert_array_equal, got, wanted)
 

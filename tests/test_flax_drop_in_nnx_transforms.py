@@ -57,7 +57,7 @@ def split_and_merge(norm):
 
 
 def trees(norm):
-    """Modules as pytrees, without a graph of their references."""
+    """Treat modules as pytrees, without a graph of their references."""
 
     @nnx.jit(graph=False)
     def step(model, x):
@@ -92,7 +92,7 @@ def ensemble(norm):
 
 
 def shared_parameters(norm):
-    """Statistics of their own for each of three batches."""
+    """Track separate statistics for each of three batches."""
     axes = nnx.StateAxes({nnx.BatchStat: 0, ...: None})
 
     @nnx.vmap(in_axes=None, out_axes=axes, axis_size=3)
@@ -140,7 +140,7 @@ def devices(norm):
 
 
 def references(norm):
-    """Variables that a trace may write to, in `jax.jit`."""
+    """Use variables that a trace may write to, in `jax.jit`."""
     with nnx.var_defaults(ref=True):
         model = Block(norm, nnx.Rngs(0))
     y = jax.jit(lambda x: model(x))(X)

@@ -1,4 +1,4 @@
-"""A Linen model changes one import: its lifted transforms do what they do with Flax's layer."""
+"""In a Linen model that changes one import, lifted transforms do what they do with Flax."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ ours, theirs = jaxbn.linen.BatchNorm, nn.BatchNorm
 
 
 class Twice(nn.Module):
-    """One layer called twice, over an axis that does not exist in initialization."""
+    """Call one layer twice, over an axis that does not exist in initialization."""
 
     norm: Any
 

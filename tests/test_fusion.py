@@ -1,4 +1,4 @@
-"""What single compilers get differs in form alone: all forms compute the same."""
+"""The forms for different compilers compute the same."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ def step(x, dy):
 
 
 def program(form):
-    """The step as it is traced in a form."""
+    """Return the step as it is traced in a form."""
     x = jnp.ones((64, 3))
     with forms.of(form):
         return str(jax.make_jaxpr(step)(x, x))
 
 
 def test_the_helper_runs_the_forms_that_it_names():
-    """A loop, and the barriers of readings, are for CPUs alone, complex sums for GPUs alone."""
+    """Only CPUs get a loop and the barriers of readings, and only GPUs complex sums."""
     seen = {}
     for form in [*forms.FORMS, "rocm", "anything else"]:
         text = program(form)
@@ -50,7 +50,7 @@ def test_the_form_of_this_machine_is_what_users_get(rng):
 
 
 def test_the_helper_leaves_no_trace():
-    """What was traced in a form is not found again outside of it."""
+    """A trace in a form is not reused outside of it."""
     real = _fusion.by_platform
     assert "complex" in program("cuda")
     assert _fusion.by_platform is real
@@ -64,7 +64,7 @@ def test_the_helper_leaves_no_trace():
 @every_form
 @pytest.mark.parametrize("shape", [(64, 1), (1, 5), (64, 5)])
 def test_a_line_and_its_transpose(x64, form, shape, rng):
-    """In float64, all but its last digits."""
+    """They agree in float64, except for its last digits."""
     x, dy = rng.normal(size=(2, 64, 5))
     shift = rng.normal(size=(1, 5))
     slope, offset = rng.normal(size=(2, *shape))
@@ -100,7 +100,7 @@ def test_own_reading_is_the_identity_and_so_is_its_derivative(form, rng):
 @every_form
 @pytest.mark.parametrize("check", [True, False])
 def test_values_that_vary_over_devices_and_values_that_do_not(form, check, rng):
-    """`shard_map` wants all forms to give values that vary over the same devices."""
+    """In `shard_map`, the values of all forms must vary over the same devices."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     x = rng.normal(size=(16, 3)).astype(np.float32)
     P = jax.sharding.PartitionSpec

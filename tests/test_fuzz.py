@@ -1,4 +1,4 @@
-"""`batch_norm` on arguments that nobody would write: a result, or an error that is documented."""
+"""Random arguments of `batch_norm` give a result or a documented error."""
 
 import re
 from functools import partial
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import jaxbn
 
-# Each example may compile anew.
+# Most examples compile something.
 fuzz = settings(
     deadline=None,
     derandomize=True,
@@ -43,7 +43,7 @@ def arrays(draw, shapes=SIZES, dtypes=DTYPES):
 
 @st.composite
 def calls(draw):
-    """A call that is as it should be, in which up to two arguments are then something odd."""
+    """Draw a valid call, and replace up to two of its arguments by something odd."""
     shape = draw(st.sampled_from([(4, 2), (2, 3, 2), (1, 2), (0, 2), (3,), (2, 2, 2, 1)]))
     axis = draw(st.sampled_from([-1, 0, len(shape) - 1, (-1,)]))
     params, state = jaxbn.init(shape, axis, track_count=True)
@@ -84,7 +84,7 @@ def test_a_result_or_a_documented_error():
             y, new = jaxbn.batch_norm(**call)
         except (ValueError, TypeError) as error:
             outcomes["error"] += 1
-            # One of ours, which names what it is about, and not one from deep within JAX.
+            # It is one of ours, which name the argument, and not one from deep within JAX.
             name = re.match(r"[a-z_]+", str(error))
             assert name and name[0] in call, str(error)
             assert re.search(
@@ -103,7 +103,7 @@ def test_a_result_or_a_documented_error():
     assert min(outcomes.values()) >= 20, outcomes
 
 
-# One function for all examples, so that few of them compile anew.
+# One function for all examples, so that few of them compile.
 @partial(jax.jit, static_argnames=("estimator", "size"))
 def gradients(x, params, mask, estimator, size):
     def loss(x, params):

@@ -1,4 +1,4 @@
-"""`virtual_batch_size`: each group of examples normalized by its own statistics."""
+"""With `virtual_batch_size`, each group of examples is normalized by its own statistics."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def params_and_state(rng):
 
 
 def one_by_one(params, state, x, mask=None, **options):
-    """The definition: each group a batch of its own, and the mean of what each would track."""
+    """Normalize each group as a separate batch, and track the mean of the groups' statistics."""
     ys, means, variances = [], [], []
     for i in range(0, len(x), SIZE):
         own = None if mask is None else mask[i : i + SIZE]

@@ -43,7 +43,7 @@ def step_in(form, with_state=True):
 
 
 def rounded(distance, dtype):
-    """An input in float64, and in half precision, as such and as the float64 that it equals."""
+    """Return an input in float64, in half precision, and that rounded input in float64."""
     x = distance + np.random.default_rng(distance).normal(size=(N, C))
     half = jnp.asarray(x, dtype)
     return x, half, np.asarray(half.astype(jnp.float32)).astype(float)
@@ -104,7 +104,7 @@ def test_a_running_mean_that_is_not_finite_does_not_reach_y(dtype, form, value):
 @pytest.mark.parametrize("state", ["fresh", "warming", "warmed", "none"])
 @pytest.mark.parametrize("shape", [(1,), (7,), (1000,), (4, 33, 17)])
 def test_constant_features_are_exact(dtype, form, state, shape):
-    """Numbers of half precision are far apart beside the rounding errors of sums."""
+    """The spacing of half-precision numbers is large relative to rounding errors of sums."""
     values = [0.0, 1 / 3, -3.3, 1e-3, 1000.0, 60000.0, 0.999]
     values.append(-1e-7 if dtype == "float16" else 1e34)
     x = jnp.broadcast_to(jnp.asarray(values, dtype), (*shape, C))
@@ -122,7 +122,7 @@ def test_constant_features_are_exact(dtype, form, state, shape):
 @every_form
 @pytest.mark.parametrize("running_mean", [300.0, 1e4, 1e20])
 def test_a_running_mean_far_from_the_data_does_not_matter(form, running_mean):
-    """As of other data, or of another scale."""
+    """The statistics may be of other data, or of another scale."""
     _, half, exact = rounded(1, "bfloat16")
     truth = oracle.batch_norm(exact, exact)
     y, new = step_in(form)(half, np.full(C, running_mean, np.float32))

@@ -1,4 +1,4 @@
-"""The counts of compiled programs, on small programs whose bytes are known."""
+"""Counts of compiled programs are right on small programs whose bytes are known."""
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +199,7 @@ def test_text_that_is_not_hlo_is_refused():
 
 
 def test_programs_of_this_machine_are_understood():
-    """Loop and branch are found in what XLA prints today, and every kernel's operands are known."""
+    """Loops, branches and the operands of every kernel are found in what XLA prints today."""
 
     def function(x):
         x = jax.lax.while_loop(lambda x: x[0] < 9, lambda x: 2 * x, x)

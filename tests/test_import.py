@@ -1,4 +1,4 @@
-"""What `import jaxbn` brings along, and what it leaves for later."""
+"""`import jaxbn` imports only what it needs, and loads the rest on demand."""
 
 import importlib
 import subprocess

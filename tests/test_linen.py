@@ -1,4 +1,4 @@
-"""`jaxbn.linen.BatchNorm`: what Flax's layer is, in Flax's own transforms, with its checkpoints."""
+"""`jaxbn.linen.BatchNorm` equals Flax's layer, and loads its checkpoints."""
 
 import inspect
 import math
@@ -31,7 +31,7 @@ def batches(shape, dtype):
 
 
 def steps(layer, shape, dtype, **call):
-    """Variables, outputs and gradients of some training steps and an evaluation."""
+    """Return variables, outputs and gradients of training steps and an evaluation."""
 
     @jax.jit
     def step(variables, x, dy):
@@ -103,7 +103,7 @@ class TestAgainstFlax:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
     @pytest.mark.parametrize("input_dtype", ["bfloat16", "float16", "float32"])
     def test_a_given_dtype_needs_no_promotion(self, dtype, input_dtype):
-        """Tests run under strict promotion of dtypes, which Flax's layer does not survive here."""
+        """Tests run under strict promotion, where Flax's own layer raises for these dtypes."""
         y, _ = ours(dtype=dtype).init_with_output(
             jax.random.key(0), jnp.ones((8, 6), input_dtype), False
         )
@@ -121,7 +121,7 @@ class TestAgainstFlax:
         np.testing.assert_allclose(got[1][0][rows], wanted[1][0][rows], rtol=1e-5, atol=1e-5)
 
     def test_arguments(self):
-        """All of Flax's, in its order and with its defaults; ours come after them."""
+        """All arguments of Flax, in its order and with its defaults, precede ours."""
         flax = inspect.signature(nn.BatchNorm).parameters
         here = inspect.signature(ours).parameters
         added = ["batch_variance", "running_variance", "virtual_batch_size"]
@@ -231,7 +231,7 @@ def test_export_for_any_batch_size():
 
 
 def test_frozen_while_the_rest_trains():
-    """Running statistics in training: no updates, and the gradients of evaluation."""
+    """In training with running statistics, they stay, and gradients are those of evaluation."""
 
     class Net(nn.Module):
         @nn.compact

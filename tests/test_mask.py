@@ -1,4 +1,4 @@
-"""Values that a mask hides: neither counted, nor normalized, nor given a gradient."""
+"""Masked-out values are not counted, not normalized, and get no gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ MASKS = {
 class TestMask:
     @pytest.fixture(params=MASKS)
     def masked(self, request, rng):
-        """A mask, and an input with NaN and inf under it."""
+        """Return a mask, and an input whose masked-out values are NaN and inf."""
         mask = MASKS[request.param](rng)
         x = normal((8, 5, 3))
         under = np.where(rng.random(x.shape) < 0.5, np.nan, np.inf).astype(np.float32)

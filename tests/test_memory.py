@@ -1,4 +1,4 @@
-"""What the layer keeps for its backward pass, and what a user may have recomputed."""
+"""The layer keeps little for its backward pass, and lets users recompute the rest."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ SHAPE = (64, 8, 16)
 
 
 def kept(function, *arguments):
-    """The arrays of a batch's size that the backward pass of `function` holds on to."""
+    """Return the arrays of a batch's size that `function` keeps for its backward pass."""
     _, vjp = jax.vjp(jax.jit(function), *arguments)
     return [leaf for leaf in jax.tree.leaves(vjp) if leaf.size >= np.prod(SHAPE)]
 
@@ -39,7 +39,7 @@ def test_under_a_mask_the_mask_too():
 
 
 def block(params, state, x, kernel):
-    """Dense → batch norm → relu; the matrix product is named, the rest is cheap."""
+    """Apply dense → batch norm → relu, with a checkpoint name for the matrix product only."""
     x = checkpoint_name(x @ kernel, "product")
     return jax.nn.relu(jaxbn.batch_norm(params, state, x, True)[0])
 
@@ -69,7 +69,7 @@ def test_the_moments_can_be_kept_by_name_and_the_rest_recomputed():
     assert len(kept(cheap, x, kernel)) < len(kept(plain, x, kernel))
 
 
-# What a program has once for each time that it finds the moments.
+# Found in a program once for each time that it computes the moments.
 ONCE = {"cpu": "while[", "cuda": "= slice[", "tpu": "= slice["}
 
 

@@ -1,4 +1,4 @@
-"""`jaxbn._moments.moments` itself, in the form of every platform."""
+"""`jaxbn._moments.moments` is accurate in the form of every platform."""
 
 from functools import cache
 
@@ -29,18 +29,18 @@ def run_in(form):
 
 
 def exact(x, mask=None):
-    """The count, mean and variance of each feature, in extended precision."""
+    """Return the count, mean and variance of each feature, in extended precision."""
     truth = oracle.batch_norm(x, np.zeros_like(x), mask=mask)
     return truth.mean, truth.var
 
 
 def mean_of(batch: Moments):
-    """The two floats of the mean, added up in extended precision."""
+    """Return the sum of the two floats of the mean, in extended precision."""
     return (np.asarray(batch.mean_high).astype(LONG) + np.asarray(batch.mean_low)).ravel()
 
 
 def one_in(fraction, layout, value, seed):
-    """A batch whose sampled part is `value` away from the rest, which is N(0, 1)."""
+    """Return a batch from N(0, 1) whose sampled part is moved by `value`."""
     x = np.random.default_rng(seed).normal(size=(4096, 4))
     if layout == "rows":
         x[::fraction] += value
@@ -126,7 +126,7 @@ def test_one_value(value, form):
 @every_form
 @pytest.mark.parametrize("shape", [(40, 1), (40, 3)])
 def test_a_mask(shape, form):
-    """NaN and infinity under it count for nothing, and a feature may have no value at all."""
+    """Masked-out NaN and infinity do not count, and a feature may have no value at all."""
     rng = np.random.default_rng(2)
     x = (100 + rng.normal(size=(40, 3))).astype(np.float32)
     mask = rng.random(shape) < 0.5
@@ -149,7 +149,7 @@ def test_the_mean_is_the_sum_of_its_two_floats():
 @every_form
 @pytest.mark.parametrize("masked", [False, True])
 def test_derivatives(x64, form, masked):
-    """The count and `mean_high` have none; the others' are E[dx] and 2 E[(x - mean) dx]."""
+    """Tangents are E[dx] and 2 E[(x - mean) dx]; the count and `mean_high` have none."""
     rng = np.random.default_rng(3)
     x, dx = rng.normal(2.0, 1.0, size=(2, 32, 3))
     mask = rng.random((32, 3)) < 0.7 if masked else np.ones((32, 3), bool)
@@ -173,7 +173,7 @@ def test_derivatives(x64, form, masked):
 
 @every_form
 def test_groups_of_examples(form):
-    """Ghost batches: the groups have an axis of their own, which is kept."""
+    """Groups of ghost batches have their own axis, which is kept."""
     x = (10 + np.random.default_rng(4).normal(size=(4, 32, 5, 3))).astype(np.float32)
     batch = forms.jit(lambda x: moments(x, None, None, x.dtype, (1, 2)), form)(x)
     for group, mean_, var in zip(x, batch.mean, batch.var, strict=True):
@@ -184,7 +184,7 @@ def test_groups_of_examples(form):
 
 @every_form
 def test_vmap(form):
-    """Each has a batch of its own, some of which need more passes on a CPU than others."""
+    """Of the mapped batches, some need more passes on a CPU than others."""
     x = np.random.default_rng(5).normal(size=(3, 64, 4)) + np.array([0, 1e2, 1e5])[:, None, None]
     x = x.astype(np.float32)
     batches = forms.jit(jax.vmap(of_batch), form)(x)
@@ -213,7 +213,7 @@ def test_vmap(form):
 def test_a_cpu_reads_again_only_what_is_inaccurate(
     mean, deviation, running_mean, again, shape, monkeypatch
 ):
-    """The shift has to be near the mean and near zero; the mean of equal values, exact."""
+    """The shift must be near the mean and near zero, and exact for equal values."""
     normal = np.random.default_rng(0).normal(size=(1000, 1))
     x = mean + deviation * (normal - normal.mean()) / normal.std()
     x = jnp.asarray(x.reshape(*shape, 1), jnp.float32)

@@ -1,4 +1,4 @@
-"""`jaxbn.nnx.BatchNorm`: what Flax's layer is, in NNX's own transforms, with its checkpoints."""
+"""`jaxbn.nnx.BatchNorm` equals Flax's layer, and loads its checkpoints."""
 
 import inspect
 from functools import partial
@@ -108,7 +108,7 @@ class TestAgainstFlax:
         assert_close(layer(x, True), theirs(x, True), tolerance)
 
     def test_arguments(self):
-        """All of Flax's, in its order and with its defaults; ours come after them."""
+        """All arguments of Flax, in its order and with its defaults, precede ours."""
         flax = inspect.signature(nnx.BatchNorm.__init__).parameters
         here = inspect.signature(jaxbn.nnx.BatchNorm.__init__).parameters
         added = ["batch_variance", "running_variance", "virtual_batch_size"]
@@ -259,7 +259,7 @@ def test_dtypes(dtype, param_dtype, input_dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("input_dtype", ["bfloat16", "float16", "float32"])
 def test_a_given_dtype_needs_no_promotion(dtype, input_dtype):
-    """Tests run under strict promotion of dtypes, which Flax's layer does not survive here."""
+    """Tests run under strict promotion, where Flax's own layer raises for these dtypes."""
     layer = ours(4, dtype=dtype)
     assert layer(jnp.ones((8, 4), input_dtype)).dtype == dtype
 

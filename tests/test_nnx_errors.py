@@ -1,4 +1,4 @@
-"""The errors of `jaxbn.nnx.BatchNorm`, by their whole text."""
+"""`jaxbn.nnx.BatchNorm` raises errors with exactly these texts."""
 
 import jax
 import jax.numpy as jnp

@@ -41,7 +41,7 @@ def test_n_devices_equal_one(way):
 
 
 def stack(n):
-    """As many layers as one, with scales of their own."""
+    """Return `n` layers with different scales, stacked into one."""
 
     @nnx.split_rngs(splits=n)
     @nnx.vmap
@@ -51,16 +51,16 @@ def stack(n):
     return make(nnx.Rngs(0))
 
 
-def apart(layers, n):
+def unstacked(layers, n):
     graphdef, state = nnx.split(layers)
     return [nnx.merge(graphdef, jax.tree.map(lambda leaf, k=k: leaf[k], state)) for k in range(n)]
 
 
 class TestTransforms:
-    """Each against the same layer called by hand."""
+    """Each transform is compared with the function."""
 
     def wanted(self, layer, x):
-        """Output and statistics of a step, from the function."""
+        """Return output and statistics of a step of the function."""
         options = {k: getattr(layer, k) for k in jaxbn.FLAX}
         return jaxbn.batch_norm(params(layer), stats(layer), x, True, **options)
 
@@ -113,7 +113,7 @@ class TestTransforms:
         jax.grad(lambda x: layer(x, use_running_average=True).sum())(X)
 
     def test_variables_that_are_references(self):
-        """Every trace may write to these, that of a gradient too."""
+        """Every trace may write to such variables, even that of a gradient."""
         with nnx.var_defaults(ref=True):
             layer = randomize(ours(3))
         wanted = self.wanted(layer, X)
@@ -124,7 +124,7 @@ class TestTransforms:
     def test_vmap_of_an_ensemble(self):
         layers = stack(2)
         xs = jnp.stack([X, 2 * X + 1])
-        each = apart(layers, 2)
+        each = unstacked(layers, 2)
         assert not np.allclose(each[0].scale[...], each[1].scale[...])
         y = nnx.vmap(lambda layer, x: layer(x))(layers, xs)
         for k, one in enumerate(each):
@@ -133,7 +133,7 @@ class TestTransforms:
 
     @pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map"])
     def test_axis_name(self, way):
-        """One layer for all devices, in and out."""
+        """All devices share one layer, before and after the call."""
         layer = randomize(ours(3, axis_name="data"))
         x = 3 + jax.random.normal(jax.random.key(1), (8, 4, 3))
         wanted = self.wanted(layer, x.reshape(32, 3))
@@ -149,7 +149,7 @@ class TestTransforms:
 
     def test_scan_over_layers(self):
         layers = stack(3)
-        each = apart(layers, 3)
+        each = unstacked(layers, 3)
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         def forward(layer, x):

@@ -1,4 +1,4 @@
-"""The oracle against finite differences, and its measure of error against a known one."""
+"""The oracle agrees with finite differences, and its measure of error with known errors."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Several processes on JAX's distributed runtime give what one device gives."""
+"""Several processes on JAX's distributed runtime compute what one device computes."""
 
 import socket
 import subprocess
@@ -41,7 +41,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def results(problem, tmp_path_factory):
-    """What each process saved."""
+    """Return the results that each process saved."""
     folder = tmp_path_factory.mktemp("processes")
     np.savez(folder / "problem.npz", **problem)
     coordinator = f"127.0.0.1:{free_port()}"

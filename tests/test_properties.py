@@ -1,4 +1,4 @@
-"""What holds for every input, tried on inputs that Hypothesis makes up."""
+"""Properties that hold for every input, tested on inputs from Hypothesis."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def normalize(x, mask=None, epsilon=1e-5):
 
 @jax.jit
 def statistics(x, mask=None):
-    """The batch's mean and unbiased variance."""
+    """Return the batch's mean and unbiased variance."""
     state = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.zeros(x.shape[-1])}
     _, state = jaxbn.batch_norm({}, state, x, True, momentum=0.0, mask=mask)
     return state["mean"], state["var"]
@@ -74,14 +74,14 @@ def test_the_gradient_has_mean_zero_and_no_part_along_the_output(x, seed):
     # dx is a difference of terms of the size of dy / std: its rounding has that size.
     rounding = 1e-12 * np.abs(dy).max() / np.sqrt(var + 1e-5)
     assert np.all(np.abs(np.mean(dx, axes)) <= rounding)
-    # Along x_hat there is what epsilon leaves of it.
+    # The component along x_hat is only what epsilon leaves.
     left = 1e-5 / (var + 1e-5) ** 1.5 * np.mean(dy * y, axes)
     assert np.all(np.abs(np.mean(dx * y, axes) - left) <= 1e3 * rounding)
 
 
 @given(inputs, st.data())
 def test_the_statistics_of_a_concatenation_are_those_of_the_whole(x, data):
-    """Parts, as count, mean and variance describe them, pooled by the law of total variance."""
+    """Merge counts, means and variances by the law of total variance."""
     mask = np.ones((*x.shape[:-1], 1), bool)
     cut = data.draw(st.integers(0, x.shape[0]))
     mask[cut:] = False

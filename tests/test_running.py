@@ -1,4 +1,4 @@
-"""How the running statistics move: weights, dtypes, and the kind of mapping they come in."""
+"""Running statistics are averaged with the right weights, dtypes and kinds of mapping."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ ROWS = [[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]]
 
 
 def batches(rng):
-    """Inputs of shape (4, 2) with NaN where the mask of shape (4, 1) is false."""
+    """Yield inputs of shape (4, 2), NaN where masked out, and masks of shape (4, 1)."""
     for rows in ROWS:
         mask = np.array(rows, bool)[:, None]
         x = (2 + 3 * rng.normal(size=(4, 2))).astype(np.float32)
@@ -29,7 +29,7 @@ def batches(rng):
 
 
 def average(statistics):
-    """The mean over batches of the mean and variance of each that has values."""
+    """Return the mean over batches of their means and variances."""
     return {
         "mean": np.mean([mean for mean, _ in statistics], 0),
         "var": np.mean([var for _, var in statistics], 0),
@@ -47,7 +47,7 @@ def assert_close(state, wanted):
 
 
 class TestCumulativeAverage:
-    """Each batch that has values weighs the same, and the initial state weighs nothing."""
+    """Each batch that has values has the same weight, and the initial state has none."""
 
     def test_masked_batches(self, rng):
         _, state = jaxbn.init((4, 2), track_count=True)
@@ -142,7 +142,7 @@ NUMBERS = {
 
 @pytest.mark.usefixtures("x64")
 class TestDtypes:
-    """The dtypes are those of the state and the input, whatever those of the numbers."""
+    """Dtypes follow the state and the input, whatever the dtypes of the options."""
 
     @pytest.mark.parametrize("number", NUMBERS)
     @pytest.mark.parametrize("traced", [False, True])
@@ -198,7 +198,7 @@ class TestDtypes:
 
 @jax.tree_util.register_pytree_node_class
 class Statistics(Mapping):
-    """A mapping that JAX knows, without names for the paths to its leaves."""
+    """A mapping registered with JAX, without names for the paths to its leaves."""
 
     def __init__(self, **leaves):
         self.leaves = leaves

@@ -1,4 +1,4 @@
-"""Parity with PyTorch: equal functions in float64, and in float32 never further from the truth."""
+"""Parity with PyTorch: equal in float64, and in float32 never further from the truth."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def case(request):
 
 
 def batches(shape, dtype: DTypeLike = np.float64, mean=2.0, std=3.0):
-    """`STEPS` pairs of an input and a cotangent, each batch with a mean of its own."""
+    """Yield `STEPS` pairs of an input and a cotangent, with a different mean each."""
     rng = np.random.default_rng(1)
     for step in range(STEPS):
         x = mean * (1 + step / 4) + std * rng.normal(size=shape)
@@ -39,7 +39,7 @@ def batches(shape, dtype: DTypeLike = np.float64, mean=2.0, std=3.0):
 
 
 def torch_layer(cls, features, **options):
-    """PyTorch's layer with parameters that are not the initial ones."""
+    """Return a PyTorch layer with random parameters."""
     layer = cls(features, **options)
     rng = np.random.default_rng(2)
     for parameter in layer.parameters():
@@ -48,7 +48,7 @@ def torch_layer(cls, features, **options):
 
 
 def from_torch(layer, dtype):
-    """Our parameters and state for a layer of PyTorch's."""
+    """Return our parameters and state for a PyTorch layer."""
     names = {"weight": "scale", "bias": "bias"}
     params = {
         names[name]: jnp.asarray(p.detach().numpy(), dtype) for name, p in layer.named_parameters()
@@ -64,7 +64,7 @@ def from_torch(layer, dtype):
 
 
 def torch_step(layer, x, dy):
-    """Output and gradients of one step; the layer moves its own statistics."""
+    """Return output and gradients of one step; the layer updates its own statistics."""
     x = torch.tensor(x, requires_grad=True)
     layer.zero_grad()
     y = layer(x)

@@ -1,4 +1,4 @@
-"""Every transform of JAX gives what plain evaluation gives, or what finite differences say."""
+"""Every transform of JAX agrees with plain evaluation or with finite differences."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def case(request):
-    """x, params, state, a cotangent and `batch_norm` as a function of the first three."""
+    """Return x, params, state, a cotangent, and `batch_norm` as a function of the first three."""
     offset, mask = CASES[request.param]
     rng = np.random.default_rng(0)
     x, scale, bias, mean, dy = (
@@ -51,7 +51,7 @@ def test_jit(case, train):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_derivatives_of_both_orders_in_every_mode(case, train):
-    """Forward, reverse, and each over each, against finite differences."""
+    """Forward mode, reverse mode, and each over each agree with finite differences."""
     x, params, state, dy, step = case
 
     def y(x, params):
