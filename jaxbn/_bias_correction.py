@@ -19,4 +19,6 @@ def bias_correction(momentum: Any, count: Any) -> jax.Array:
 
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015, section 3.
     """
-    return 1 - momentum**count
+    # A count is an integer, which JAX's strict promotion would refuse as an exponent.
+    with jax.numpy_dtype_promotion("standard"):
+        return 1 - momentum**count

@@ -194,10 +194,12 @@ def test_bad_options(argv, message, capsys):
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
 
 
-def test_interrupt(monkeypatch, tmp_path):
+def test_interrupt(monkeypatch, tmp_path, capsys):
     def interrupted(settings):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(epsilon, "run", interrupted)
-    with pytest.raises(SystemExit, match="stopped"):
+    with pytest.raises(SystemExit) as exit_info:
         command.main(["1", "--out", str(tmp_path)])
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == "stopped.\n"

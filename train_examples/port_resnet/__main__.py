@@ -1,10 +1,9 @@
 """The command. `--help` works without PyTorch, which everything else needs."""
 
-import sys
 from collections.abc import Sequence
 
-from train_examples.common.errors import UserError, needs_extra
-from train_examples.port_resnet.config import WeightsError, parse_args
+from train_examples.common.errors import needs_extra, run_command
+from train_examples.port_resnet.config import parse_args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,16 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from rich.console import Console
 
         from train_examples.port_resnet.command import run
-    try:
-        run(config, Console())
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        # The exit status of argparse for a wrong option.
-        sys.exit(2)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped.")
+    run_command(lambda: run(config, Console()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from train_examples.common.config import check
 from train_examples.common.errors import UserError
 
 WIDTH = 64
@@ -12,6 +13,8 @@ WIDTH = 64
 
 class WeightsError(UserError):
     """Raised for a state dict that cannot be read, or that does not fit the network."""
+
+    status = 2  # that of argparse for a wrong option
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,12 @@ class Config:
     out: Path = Path("out/port_resnet/resnet18.jax")
 
     def __post_init__(self) -> None:
-        _check(self.width is None or self.width >= 1, "--width", "at least 1", self.width)
-        _check(self.image_size >= 32, "--image-size", "at least 32", self.image_size)
+        check(self.width is None or self.width >= 1, "--width", "at least 1", self.width)
+        check(self.image_size >= 32, "--image-size", "at least 32", self.image_size)
         # The last stage of an image of 32 pixels is one pixel. A batch norm of two values returns
         # 1 and -1 for any values, and its gradients are mostly rounding.
-        _check(self.batch_size >= 4, "--batch-size", "at least 4", self.batch_size)
-        _check(0 <= self.seed < 2**32, "--seed", "in [0, 2^32)", self.seed)
+        check(self.batch_size >= 4, "--batch-size", "at least 4", self.batch_size)
+        check(0 <= self.seed < 2**32, "--seed", "in [0, 2^32)", self.seed)
         if self.state_dict is not None and self.width is not None:
             raise UserError("--width sets the width of random weights; --state-dict has its own.")
         if self.out.is_dir():
@@ -57,8 +60,3 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         return Config(**vars(parser.parse_args(argv)))
     except UserError as error:
         parser.error(str(error))
-
-
-def _check(holds: bool, option: str, wanted: str, got: object) -> None:
-    if not holds:
-        raise UserError(f"{option} must be {wanted}, got {got}.")

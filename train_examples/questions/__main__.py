@@ -1,7 +1,6 @@
 """The command: run experiments, print their tables and verdicts, and draw their pictures."""
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from train_examples.common.errors import run_command
 from train_examples.questions import (
     batch_size,
     bias,
@@ -62,13 +62,12 @@ def main(argv: Sequence[str] | None = None) -> dict[int, Any]:
     # Wide enough for every table, wherever it is printed.
     console = Console(width=140)
     args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        return {
+    return run_command(
+        lambda: {
             number: answer(number, settings, args.out, console)
             for number in sorted(set(args.questions)) or QUESTIONS
         }
-    except KeyboardInterrupt:
-        sys.exit("stopped.")
+    )
 
 
 def answer(number: int, settings: Settings, out: Path, console: Console) -> Any:

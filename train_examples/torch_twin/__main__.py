@@ -1,9 +1,8 @@
 """The command. `--help` works without PyTorch, which everything else needs."""
 
-import sys
 from collections.abc import Sequence
 
-from train_examples.common.errors import UserError, needs_extra
+from train_examples.common.errors import needs_extra, run_command
 from train_examples.torch_twin.config import parse_args
 
 # Wide enough for every table on any terminal, so that tables can be pasted into a page.
@@ -20,12 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from train_examples.torch_twin.command import run
     # With one thread, the order of sums does not depend on the number of cores.
     torch.set_num_threads(1)
-    try:
-        run(config, Console(width=WIDTH))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped.")
+    run_command(lambda: run(config, Console(width=WIDTH)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from train_examples.common.config import check
 from train_examples.common.errors import UserError
 
 
@@ -28,10 +29,10 @@ class Config:
     reordered: int = 4
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, "--steps", "at least 1", self.steps)
+        check(self.steps >= 1, "--steps", "at least 1", self.steps)
         positive = 0 < self.learning_rate < math.inf
-        _check(positive, "--learning-rate", "positive and finite", self.learning_rate)
-        _check(0 <= self.seed < 2**32, "--seed", "in [0, 2^32)", self.seed)
+        check(positive, "--learning-rate", "positive and finite", self.learning_rate)
+        check(0 <= self.seed < 2**32, "--seed", "in [0, 2^32)", self.seed)
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; it must be a folder, or not exist yet.")
 
@@ -52,8 +53,3 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         return Config(**vars(parser.parse_args(argv)))
     except UserError as error:
         parser.error(str(error))
-
-
-def _check(holds: bool, option: str, wanted: str, got: object) -> None:
-    if not holds:
-        raise UserError(f"{option} must be {wanted}, got {got}.")

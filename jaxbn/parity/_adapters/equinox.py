@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbn._bias_correction import bias_correction
 from jaxbn.parity._adapters.jax_function import JaxFunctionLayer
 from jaxbn.parity._layer import DifferentiableLayer
 
@@ -49,7 +50,7 @@ def equinox_layer(layer: Any, state: Any) -> DifferentiableLayer:
         if layer.mode == "ema":
             return state.get(layer.ema_state_index)
         count = state.get(layer.batch_counter)
-        total_weight = jnp.where(count == 0, 1, 1 - layer.momentum**count)
+        total_weight = jnp.where(count == 0, 1, bias_correction(layer.momentum, count))
         mean, var = state.get(layer.batch_state_index)
         return mean / total_weight, var / total_weight
 
