@@ -33,7 +33,7 @@ def sums(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total(deviation), total(jnp.square(deviation))
 
 
-def sums_apart(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+def separate_sums(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     own_x, own_shift = _fusion.own_reading(x.dtype, wide(x), shift)
     sum_ = total(own_x - own_shift)
     own_x, own_shift, _ = _fusion.own_reading(x.dtype, wide(x), shift, sum_)
@@ -80,8 +80,8 @@ def moments_of(platform: str, shift: jax.Array | None, x: jax.Array) -> Moments:
 FORMS: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
     "sums about zero": lambda x, s: sums(x, jnp.zeros_like(s)),
     "sums about a shift, as they stand": sums,
-    "sums about a shift, apart (in use in the loop of a CPU)": sums_apart,
-    "sums of examples, then about a shift, apart (in use on a CPU)": sums_of_examples,
+    "separate sums about a shift (in use in the loop of a CPU)": separate_sums,
+    "sums of examples, then about a shift, separate (in use on a CPU)": sums_of_examples,
     "sums about a shift, of a complex pair": sum_of_pairs,
     "sums about a shift, a variadic reduce": reduction_of_two,
     "moments in one reading, about a known shift (in use in half precision)": lambda x, s: (

@@ -112,13 +112,13 @@ def print_measured() -> None:
     print(
         "\nMeasured on CPU devices of one machine, 64 rows each, forward and backward, medians:\n"
     )
-    print("| devices | features | apart | together | difference |\n|---|---|---|---|---|")
+    print("| devices | features | own | shared | difference |\n|---|---|---|---|---|")
     for devices in (2, 4, 8):
         for features in (64, 2048):
             first = training_step(devices, features, "data")
             second = training_step(devices, features, None)
-            together, apart, difference = medians(first, second)
-            cells = " | ".join(f"{1e6 * t:,.0f} µs" for t in (apart, together, difference))
+            shared, own, difference = medians(first, second)
+            cells = " | ".join(f"{1e6 * t:,.0f} µs" for t in (own, shared, difference))
             print(f"| {devices} | {features} | {cells} |")
 
 

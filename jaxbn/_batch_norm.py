@@ -121,9 +121,16 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift", 2015, algorithms 1 and 2.
     """
-    devices = (axis_name, axis_index_groups)
-    estimators: tuple[Estimator, Estimator] = (batch_variance, running_variance)
-    options = Options(axis, momentum, epsilon, *estimators, *devices, virtual_batch_size)
+    options = Options(
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        batch_variance=batch_variance,
+        running_variance=running_variance,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+    )
     options.check()
     call = checked(params, state, x, train, axis, mask, dtype, virtual_batch_size)
     options.check_fit(call, state)
@@ -133,13 +140,13 @@ def batch_norm(
     running = None if state is None else [call.feature(state[key]) for key in ("mean", "var")]
     eps = jnp.asarray(epsilon, scale.dtype)
     # Devices share the statistics that normalize or, with ghost batches, those that are tracked.
-    no_devices = (None, None)
+    devices, no_devices = (axis_name, axis_index_groups), (None, None)
     sharing, averaging = (devices, no_devices) if call.ghosts is None else (no_devices, devices)
 
     @_keep_only_moments
     def normalize_by_running(x, mask, scale, bias, mean, var):
         wide = x.astype(scale.dtype)
-        y = _normalize(wide, x.dtype, mask, scale, bias, mean, jnp.zeros_like(mean), var + eps)
+        y = _normalize(wide, x.dtype, mask, scale, bias, mean, jnp.zeros_like(mean), var, eps)
         return y.astype(call.dtype)
 
     @_keep_only_moments
@@ -150,7 +157,7 @@ def batch_norm(
         batch = moments(wide, mask, running_mean, x.dtype, call.axes, *sharing)
         mean = lax.stop_gradient(batch.mean_high), batch.mean_low
         var = variance(batch, batch_variance)
-        y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var + eps)
+        y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var, eps)
         return y.astype(call.dtype), batch
 
     if running is not None and not call.train:
@@ -164,14 +171,15 @@ def batch_norm(
     return y, cast(StateT, lax.stop_gradient(new_state))
 
 
-def _normalize(x, input_dtype, mask, scale, bias, mean_high, mean_low, var):
-    """Return `scale (x - mean) / sqrt(var) + bias`, and `bias` where the mask is False.
+def _normalize(x, input_dtype, mask, scale, bias, mean_high, mean_low, var, epsilon):
+    """Return `scale (x - mean) / sqrt(var + epsilon) + bias`, and `bias` where the mask is False.
 
     The slope and the offset are computed once per feature, so that the derivative takes two sums.
     """
-    slope = scale / jnp.sqrt(var)
+    slope = scale / jnp.sqrt(var + epsilon)
     offset = bias - mean_low * slope
     if mask is None:
         return _fusion.line(input_dtype, x, mean_high, slope, offset)
+    # The mean is not a number of the input's dtype, so the line reads `x` in its wider one.
     x = jnp.where(mask, x, mean_high)
     return jnp.where(mask, _fusion.line(x.dtype, x, mean_high, slope, offset), bias)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 # Compiled, so that it rounds as the expressions of Haiku and Equinox do inside `jit`.
@@ -22,3 +23,10 @@ def bias_correction(momentum: Any, count: Any) -> jax.Array:
     # A count is an integer, which JAX's strict promotion would refuse as an exponent.
     with jax.numpy_dtype_promotion("standard"):
         return 1 - momentum**count
+
+
+@jax.jit
+def bias_corrected(momentum: Any, count: Any, *averages: jax.Array) -> tuple[jax.Array, ...]:
+    """Return averages over their bias correction, or unchanged before the first batch."""
+    correction = jnp.where(count == 0, 1, bias_correction(momentum, count))
+    return tuple(average / correction for average in averages)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxbn._checks import names_of
 from jaxbn._half_precision import exact_if_constant, is_half
 from jaxbn._readings import Moments, shifted_moments, total
 
@@ -19,7 +20,7 @@ def across_devices(
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> Moments:
     """Return the moments of the values on all devices, given those of the values on this one."""
-    names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
+    names = tuple(names_of(axis_name))
     if is_half(input_dtype):
         sum_over_devices = partial(lax.psum, axis_name=names, axis_index_groups=axis_index_groups)
         return merge_about_zero(own, input_dtype, sum_over_devices)

@@ -10,10 +10,11 @@ from jaxbn._running import Estimator
 
 
 class Options(NamedTuple):
-    """How the statistics are found, tracked and used. `batch_norm` documents each option.
+    """The options of `batch_norm`, which documents each, and which the layers pass on to it.
 
-    A new option is added here, with a check, to the signature and the docstring of `batch_norm`,
-    and to those of the layers, which hand on whatever is listed here.
+    To add an option, list it here and check it below. Add it to the signature, the docstring and
+    the `Options` of `batch_norm`, and to the attributes and docstrings of the two layers. A table
+    in tests/test_options.py needs a bad value of it.
     """
 
     axis: int | Sequence[int]

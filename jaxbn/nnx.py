@@ -164,7 +164,7 @@ class BatchNorm(nnx.Module):
         *,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalize `x`, and in training move the running statistics towards those of the batch.
+        """Normalize `x`. In training, this also moves the running statistics.
 
         Args:
           x: the input, with features on `axis`. As in Flax, integers and booleans are converted to

@@ -151,49 +151,6 @@ class TestCumulativeAverage:
         assert "mutable=['batch_stats']" in raised.value.__notes__[0]
 
 
-MOMENTUM = "It is the weight of the old value: PyTorch's momentum is one minus it."
-OPTIONS = {
-    "momentum": ({"momentum": 2}, ValueError,
-                 f"momentum must be None or lie in [0, 1], got 2. {MOMENTUM}"),
-    "epsilon": ({"epsilon": -1}, ValueError,
-                "epsilon must be a finite number, not negative, got -1."),
-    "batch_variance": ({"batch_variance": "fast"}, ValueError,
-                       "batch_variance must be 'biased' or 'unbiased', got 'fast'."),
-    "running_variance": ({"running_variance": None}, ValueError,
-                         "running_variance must be 'biased' or 'unbiased', got None."),
-    "axis": ({"axis": 2}, ValueError, "axis=2 is out of range for the shape (8, 6): an axis must "
-             "lie in [-2, 1]."),
-    "axis_name": ({"axis_name": 3}, ValueError, "axis_name must be the name of a mapped axis, a "
-                  "tuple of them, or None, got 3."),
-    "no axis_name": ({"axis_name": ()}, ValueError, "axis_name must be the name of a mapped axis, "
-                     "a tuple of them, or None, got ()."),
-    "boolean axis": ({"axis": True}, ValueError,
-                     "axis must be an integer or a sequence of them, got True."),
-    "axis_name twice": ({"axis_name": ("a", "a")}, ValueError, "axis_name must name each mapped "
-                        "axis once, got ('a', 'a')."),
-    "groups": ({"axis_index_groups": [[0, 1]]}, ValueError, "axis_index_groups=((0, 1),) are "
-               "groups of an axis: axis_name must name it, got None."),
-    "virtual_batch_size": ({"virtual_batch_size": 2.0}, ValueError, "virtual_batch_size must be "
-                           "None or a positive integer, got 2.0."),
-    "dtype": ({"dtype": "int32"}, TypeError, "dtype must be a floating dtype, got int32."),
-    "param_dtype": ({"param_dtype": "int32"}, TypeError,
-                    "param_dtype must be a floating dtype, got int32."),
-    "use_bias": ({"use_bias": "no"}, ValueError,
-                 "use_bias must be a Python bool, got 'no' of type str."),
-    "use_scale": ({"use_scale": None}, ValueError,
-                  "use_scale must be a Python bool, got None of type NoneType."),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("case", OPTIONS)
-def test_initialization_checks_every_option(case, train):
-    options, kind, text = OPTIONS[case]
-    with pytest.raises(kind) as raised:
-        ours(**options).init(KEY, X, not train)
-    assert str(raised.value) == text
-
-
 class TestWhatRemainsDifferent:
     def test_epsilon_zero_in_training(self):
         with pytest.raises(ValueError, match=r"^epsilon must be at least 1\.2e-38"):

@@ -12,7 +12,9 @@ count  num_batches_tracked                   counter of both               where
 
 Only NumPy and JAX are imported, none of the frameworks. Values are converted bit for bit and keep
 their dtype (float64 becomes float32 unless JAX's 64-bit types are enabled, as everywhere in JAX).
-They share no memory with the tensors and NumPy arrays that they come from.
+Only averages that a framework stores without their bias correction, Equinox's in mode "batch" and
+Haiku's `hidden`, are rounded. Values share no memory with the tensors and NumPy arrays that they
+come from.
 
 The convention that a layer was trained with is not part of its numbers. Pass it to `batch_norm` as
 keywords, such as `jaxbn.PYTORCH` or `jaxbn.KERAS`; the documentation of each function names it.

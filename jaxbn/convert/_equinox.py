@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._bias_correction import bias_correction
+from jaxbn._bias_correction import bias_corrected, bias_correction
 from jaxbn.convert import _entries
 from jaxbn.convert._entries import Array, Params, State
 
@@ -65,7 +65,7 @@ def from_equinox(layer: Any, state: Any) -> tuple[Params, State]:
             leaves[ours] = getattr(layer, theirs)
     if layer.batch_state_index is not None:
         counter = state.get(layer.batch_counter)
-        mean, var = _corrected(layer.momentum, counter, *state.get(layer.batch_state_index))
+        mean, var = bias_corrected(layer.momentum, counter, *state.get(layer.batch_state_index))
         if int(counter) < _entries.CONVERGED_COUNT:
             leaves["count"] = counter
     else:
@@ -160,15 +160,6 @@ def to_equinox(
         return leaf if ours is None else _entries.to_jax(leaves[ours]).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(filled, layer), new_state
-
-
-@jax.jit
-def _corrected(
-    momentum: float, counter: jax.Array, mean: jax.Array, var: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the statistics that the layer uses in evaluation."""
-    correction = jnp.where(counter == 0, 1, bias_correction(momentum, counter))
-    return mean / correction, var / correction
 
 
 def _check_layer(layer: Any) -> None:

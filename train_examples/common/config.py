@@ -52,7 +52,7 @@ class Config:
         return {k: v for k, v in asdict(self).items() if k not in ("data_dir", "out", "resume")}
 
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C")
 
 
 def add_options(parser: argparse.ArgumentParser, out: Path = Config.out) -> None:

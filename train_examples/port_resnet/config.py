@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_examples.common.config import check
+from train_examples.common.config import check, parse
 from train_examples.common.errors import UserError
 
 WIDTH = 64
@@ -56,7 +56,4 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     add("--batch-size", type=int, help=f"number of images (default: {Config.batch_size})")
     add("--seed", type=int, help=f"seed of weights and images (default: {Config.seed})")
     add("--out", type=Path, metavar="FILE", help=f"exported network (default: {Config.out})")
-    try:
-        return Config(**vars(parser.parse_args(argv)))
-    except UserError as error:
-        parser.error(str(error))
+    return parse(parser, Config, argv)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_examples.common.config import check
+from train_examples.common.config import check, parse
 from train_examples.common.errors import UserError
 
 
@@ -49,7 +49,4 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     add("--learning-rate", type=float, default=Config.learning_rate, help="constant learning rate")
     add("--seed", type=int, default=Config.seed, help="seed of weights, batches and their order")
     add("--out", type=Path, default=Config.out, help="folder of the picture and the numbers")
-    try:
-        return Config(**vars(parser.parse_args(argv)))
-    except UserError as error:
-        parser.error(str(error))
+    return parse(parser, Config, argv)

@@ -3,9 +3,8 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxbn._bias_correction import bias_correction
+from jaxbn._bias_correction import bias_corrected
 from jaxbn.parity._adapters.jax_function import JaxFunctionLayer
 from jaxbn.parity._layer import DifferentiableLayer
 
@@ -50,9 +49,7 @@ def equinox_layer(layer: Any, state: Any) -> DifferentiableLayer:
         if layer.mode == "ema":
             return state.get(layer.ema_state_index)
         count = state.get(layer.batch_counter)
-        total_weight = jnp.where(count == 0, 1, bias_correction(layer.momentum, count))
-        mean, var = state.get(layer.batch_state_index)
-        return mean / total_weight, var / total_weight
+        return bias_corrected(layer.momentum, count, *state.get(layer.batch_state_index))
 
     def named(params):
         return {"scale": params.get("weight"), "bias": params.get("bias")}
