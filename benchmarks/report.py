@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
@@ -252,4 +253,15 @@ def markdown(results: dict[str, Any], command: str) -> str:
         f"{where['cpu_cores']} processor cores; {versions}.",
     ]
     text += [_SECTIONS[name](data) for name, data in results["sections"].items()]
-    return "\n\n".join(text) + "\n"
+    lines = "\n\n".join(text).split("\n")
+    return "\n".join(map(_wrapped, lines)) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    """Wrap a line of prose at 100 columns. Tables, headings and commands are not prose."""
+    if line.startswith(("|", "#", "python")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    return "\n".join(
+        textwrap.wrap(line, 100, subsequent_indent=indent, break_on_hyphens=False) or [line]
+    )

@@ -83,14 +83,14 @@ def with_one_axis(leaves: Mapping[str, Array]) -> dict[str, Array]:
 def leaf_problems(leaves: Mapping[str, Array], one_axis: bool = True) -> list[str]:
     """Return what is wrong with the dtypes and shapes of leaves, whose keys are users' names."""
     problems = []
-    model = next(((k, v.shape) for k, v in leaves.items() if v.ndim == 1 or not one_axis), None)
+    first = next(((k, v.shape) for k, v in leaves.items() if v.ndim == 1 or not one_axis), None)
     for name, value in leaves.items():
         if not jnp.issubdtype(value.dtype, jnp.floating):
             problems.append(f"{name} has dtype {value.dtype}, want a floating one")
         if one_axis and value.ndim != 1:
             problems.append(f"{name} has shape {value.shape}, want (C,)")
-        elif model is not None and value.shape != model[1]:
-            want = f"{model[1]}, that of {model[0]}"
+        elif first is not None and value.shape != first[1]:
+            want = f"{first[1]}, that of {first[0]}"
             problems.append(f"{name} has shape {value.shape}, want {want}")
     return problems
 

@@ -20,7 +20,7 @@ from train_examples.common.model import ConvNet
 from train_examples.digits.train import Metrics, TrainState, create_state, optimizer, train_step
 
 Tree = Any
-Statistics = Literal["moving", "batch"]
+StatisticsSource = Literal["moving", "batch"]
 
 
 def forward(
@@ -56,7 +56,7 @@ def correct(
     images: ArrayLike,
     labels: ArrayLike,
     mask: ArrayLike,
-    statistics: Statistics = "moving",
+    statistics: StatisticsSource = "moving",
 ) -> jax.Array:
     """Return how many images of a batch are classified correctly; `mask` is False for padding."""
     logits, _ = state.apply_fn(
@@ -75,7 +75,7 @@ def evaluate(
     images: np.ndarray,
     labels: np.ndarray,
     batch_size: int,
-    statistics: Statistics = "moving",
+    statistics: StatisticsSource = "moving",
     correct: Callable[..., jax.Array] = correct,
 ) -> float:
     """Return the accuracy, normalized by the moving averages or by each batch's own statistics."""

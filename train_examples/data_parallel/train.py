@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from train_examples.common.history import History
 from train_examples.common.model import ConvNet
-from train_examples.common.training import Backend, Statistics, correct, fit, network
+from train_examples.common.training import Backend, StatisticsSource, correct, fit, network
 from train_examples.data_parallel.batches import Batch, data_mesh, replicated, spread
 from train_examples.data_parallel.config import Config
 from train_examples.data_parallel.steps import STEPS
@@ -61,7 +61,7 @@ def on_devices(model: ConvNet, mode: str, mesh: Mesh) -> Backend:
         images: np.ndarray,
         labels: np.ndarray,
         mask: np.ndarray,
-        statistics: Statistics = "moving",
+        statistics: StatisticsSource = "moving",
     ) -> jax.Array:
         return correct(state, *spread(Batch(images, labels, mask), mesh), statistics)
 

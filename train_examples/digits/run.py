@@ -11,7 +11,7 @@ from train_examples.common import data
 from train_examples.common.config import Config
 from train_examples.common.history import History
 from train_examples.common.model import ConvNet, pytorch_norm
-from train_examples.common.training import Statistics, Tree, evaluate, fit, network
+from train_examples.common.training import StatisticsSource, Tree, evaluate, fit, network
 from train_examples.digits.train import TrainState
 
 # Enough to know the statistics of the whole training set, and few enough for one batch.
@@ -30,7 +30,7 @@ class Result(NamedTuple):
 
     state: TrainState
     history: History
-    accuracy: dict[Statistics, float]
+    accuracy: dict[StatisticsSource, float]
     training_statistics: Tree
 
 
@@ -39,11 +39,11 @@ def train(config: Config, stop_after_epoch: int | None = None) -> Result:
     with jax.enable_x64(config.dtype == "float64"):
         model = network(config)
         state, history, dataset = fit(model, config, stop_after_epoch=stop_after_epoch)
-        accuracy: dict[Statistics, float] = {
+        accuracy: dict[StatisticsSource, float] = {
             statistics: evaluate(
                 state, dataset.test_images, dataset.test_labels, config.batch_size, statistics
             )
-            for statistics in get_args(Statistics)
+            for statistics in get_args(StatisticsSource)
         }
         # Shifted as in training, which changes the statistics.
         rng = np.random.default_rng(config.seed)

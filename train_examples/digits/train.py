@@ -31,8 +31,8 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         # In training, each batch is normalized by its own statistics, which also update the running
-        # ones; in evaluation, by the running ones. With PyTorch's momentum of 0.9 they settle
-        # within a few epochs; with Flax's 0.99 they would take ten times as long.
+        # ones; in evaluation, by the running ones. With a momentum of 0.9 (PyTorch writes 0.1) they
+        # settle within a few epochs; with Flax's 0.99 they would take ten times as long.
         norm = partial(BatchNorm, use_running_average=not train, **jaxbn.PYTORCH)
         # Batch norm subtracts the mean, so a bias in the convolution before it has no effect.
         conv = partial(nn.Conv, kernel_size=(3, 3), use_bias=False, kernel_init=he_normal())

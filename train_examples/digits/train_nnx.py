@@ -29,8 +29,8 @@ class ConvNet(nnx.Module):
         # Batch norm subtracts the mean, so a bias in the convolution before it has no effect.
         he_normal = nnx.initializers.he_normal()
         conv = partial(nnx.Conv, kernel_size=(3, 3), use_bias=False, kernel_init=he_normal)
-        # With PyTorch's momentum of 0.9 the running statistics settle within a few epochs; with
-        # Flax's 0.99 they would take ten times as long.
+        # With a momentum of 0.9 (PyTorch writes 0.1) the running statistics settle within a few
+        # epochs; with Flax's 0.99 they would take ten times as long.
         norm = partial(BatchNorm, **jaxbn.PYTORCH)
         self.stages = nnx.List()
         for width in widths:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.convert._entries import array
-from jaxbn.parity._compare.model_statistics import Statistics, of_flax, of_torch
+from jaxbn.parity._compare.model_statistics import StatisticsByPath, of_flax, of_torch
 from jaxbn.parity._compare.recording import COTANGENT_SEED
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ModelRun(NamedTuple):
 
     values: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]
-    statistics: Statistics
+    statistics: StatisticsByPath
 
 
 def cotangent_of(shape: Sequence[int]) -> np.ndarray:

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 MeanAndVar = tuple[np.ndarray, np.ndarray]
 # The running mean and variance of each submodule that keeps them, by its path.
-Statistics = dict[str, MeanAndVar]
+StatisticsByPath = dict[str, MeanAndVar]
 
 
-def of_flax(batch_stats: Mapping[str, Any]) -> Statistics:
+def of_flax(batch_stats: Mapping[str, Any]) -> StatisticsByPath:
     """Collect the statistics of a Linen model's `batch_stats`."""
 
     def visit(path: tuple[str, ...], node: Any) -> Iterator[tuple[str, MeanAndVar]]:
@@ -32,7 +32,7 @@ def of_flax(batch_stats: Mapping[str, Any]) -> Statistics:
     return dict(visit((), batch_stats))
 
 
-def of_torch(modules: Mapping[str, torch.nn.Module]) -> Statistics:
+def of_torch(modules: Mapping[str, torch.nn.Module]) -> StatisticsByPath:
     """Collect the statistics of a PyTorch model's modules."""
     found = {}
     for name, module in modules.items():
@@ -43,7 +43,7 @@ def of_torch(modules: Mapping[str, torch.nn.Module]) -> Statistics:
 
 
 def pairs_and_notes(
-    ours: Statistics, theirs: Statistics, names: Mapping[str, str]
+    ours: StatisticsByPath, theirs: StatisticsByPath, names: Mapping[str, str]
 ) -> tuple[list[tuple[str, MeanAndVar, MeanAndVar]], list[str]]:
     """Pair the statistics by the submodules' names, and note the ones that no name covers."""
     paired = {k: v for k, v in names.items() if k in ours and v in theirs}
