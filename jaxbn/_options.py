@@ -1,4 +1,4 @@
-"""The options of a batch norm: one list of them, which the function and the layers share."""
+"""The options of a batch norm, in a single list that the function and the layers share."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from jaxbn._running import Estimator
 
 
 class Options(NamedTuple):
-    """How the statistics are found, tracked and used. `batch_norm` documents each option.
+    """How the statistics are computed, tracked and used. `batch_norm` documents each option.
 
     A new option is added here, with a check, to the signature and the docstring of `batch_norm`,
     and to those of the layers, which hand on whatever is listed here.

@@ -14,10 +14,10 @@ Only NumPy and JAX are imported, none of the frameworks. Values are converted bi
 their dtype (float64 becomes float32 unless JAX's 64-bit types are enabled, as everywhere in JAX).
 They share no memory with the tensors and NumPy arrays that they come from.
 
-The convention that a layer was trained with is not part of its numbers. Pass it to `batch_norm` as
+The convention that a layer was trained with is not stored in its values. Pass it to `batch_norm` as
 keywords, such as `jaxbn.PYTORCH` or `jaxbn.KERAS`; the documentation of each function names it.
 
-Flax takes the results as they are:
+Flax takes the results unchanged:
 `variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"] = from_torch(...)`.
 
 Read files with a reader that does not run code from them: `load_file(path)` of `safetensors.numpy`,
