@@ -192,8 +192,7 @@ def _kernel(program: Program, instruction: Instruction, shapes: Mapping[str, str
 
 
 def _read_by_fusion(program: Program, fusion: Instruction, sizes: list[int]) -> list[int]:
-    """Return the bytes that a fusion reads of each operand, or of its slices if it only slices
-    it."""
+    """Return the bytes that a fusion reads of each operand; of a sliced one, only the slices."""
     called = re.search(r"\bcalls=%?([\w.\-]+)", fusion.attributes)
     body = program.computations.get(called[1], []) if called else []
     parameters = {int(one.arguments): one.name for one in body if one.opcode == "parameter"}
