@@ -3,7 +3,7 @@
 All keep `scale`, `bias` and running statistics in float32, return `y` in the input's type, use
 Flax's convention, and return new running statistics from training. What a library's interface
 forces on its users is part of what is measured: Equinox takes features first only, Haiku and
-Equinox round their moments to the input's type, PyTorch tracks the unbiased variance.
+Equinox round their moments to the input's type, and PyTorch tracks the unbiased variance.
 """
 
 import functools
@@ -145,8 +145,8 @@ def equinox(problem: Problem) -> Layer:
             return weighted(x, state, inference=not train)
 
         mapped = jax.vmap(of_example, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-        # Equinox takes features first. Where they are last, every pixel is made an example,
-        # which saves a transposition.
+        # Equinox takes features first. If they are last, every pixel is made an example, which
+        # saves a transposition.
         y, state = mapped(x if problem.axis == 1 else x.reshape(-1, features), state)
         return y.reshape(x.shape).astype(x.dtype), state
 
@@ -154,7 +154,7 @@ def equinox(problem: Problem) -> Layer:
     assert index is not None  # It is None in another mode only.
 
     def state(mean, var):
-        # A copy, since `set` makes the state that it is called on invalid.
+        # A copy, because `set` invalidates the state that it is called on.
         return jax.tree.map(lambda leaf: leaf, initial).set(index, (mean, var))
 
     return Layer(apply, state, lambda state: state.get(index))

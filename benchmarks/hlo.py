@@ -5,14 +5,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-# Instructions that move no data: they name, group or pick buffers, or end what another began.
+# Instructions that move no data: they name, group or pick buffers, or end what another instruction
+# began.
 _FREE = {
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all"),
     *("partition-id", "replica-id", "opt-barrier"),
 }
 _LOOP, _BRANCH = "while", "conditional"
-# The attributes that name the computations which an instruction runs. Those of a fusion or a sum
-# are not among them: they are part of one kernel.
+# The attributes that name the computations that an instruction runs. Those of a fusion or a sum are
+# not among them, because they are part of one kernel.
 _CALLS = {
     "call": ("to_apply",),
     "async-start": ("calls",),
@@ -172,7 +173,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _kernel(program: Program, instruction: Instruction, shapes: Mapping[str, str]) -> Kernel | None:
-    """Return what an instruction reads and writes, or None where it moves no data itself."""
+    """Return what an instruction reads and writes, or None if it moves no data itself."""
     name, shape, opcode, operands, *_ = instruction
     if opcode in _FREE or opcode in _CALLS or opcode.endswith("-done"):
         return None
@@ -191,7 +192,7 @@ def _kernel(program: Program, instruction: Instruction, shapes: Mapping[str, str
 
 
 def _read_by_fusion(program: Program, fusion: Instruction, sizes: list[int]) -> list[int]:
-    """Return the bytes of each operand that a fusion reads: of one that it only slices, these."""
+    """Return the bytes that a fusion reads of each operand; of a sliced one, only the slices."""
     called = re.search(r"\bcalls=%?([\w.\-]+)", fusion.attributes)
     body = program.computations.get(called[1], []) if called else []
     parameters = {int(one.arguments): one.name for one in body if one.opcode == "parameter"}
@@ -202,7 +203,7 @@ def _read_by_fusion(program: Program, fusion: Instruction, sizes: list[int]) -> 
 
 
 def _used(body: list[Instruction], name: str, size: int) -> int:
-    """Return the bytes of the value `name`, of `size` bytes, that the others of a body use."""
+    """Return how many of the `size` bytes of `name` the other instructions of a body use."""
     total = 0
     for user in body:
         if name not in user.operands:
@@ -217,7 +218,7 @@ def _used(body: list[Instruction], name: str, size: int) -> int:
 
 
 def _result(instruction: Instruction) -> str:
-    """Return the shape of a collective's results, without the operands that some return too."""
+    """Return the shape of a collective's results, without the operands that some return as well."""
     if instruction.opcode in _RETURNS_OPERANDS:
         return _elements(instruction.shape)[1]
     return instruction.shape

@@ -28,7 +28,7 @@ def kept_bytes(name: str, problem: Problem) -> int:
 
 
 def step_temporaries(norm: str, dtype: str, shape: tuple[int, ...], **model: Any) -> int | None:
-    """Return a compiled step's bytes of temporary memory, or None if the backend does not tell."""
+    """Return the bytes of temporary memory of a compiled step, or None if they are not reported."""
     net = ResNet(NORMS[norm], dtype=dtype, **model)
     images = jax.ShapeDtypeStruct(shape, dtype)
     labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32)

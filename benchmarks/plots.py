@@ -15,7 +15,7 @@ _EXACT, _NOT_A_NUMBER = 1e-9, 1e7
 def speed(data: dict[str, Any], path: Path) -> None:
     """Plot our time over each contender's, a dot for each shape and a bar for their mean.
 
-    The geometric mean, of the first kind of data alone.
+    The mean is geometric. Only the first kind of data is plotted.
     """
     first = next(iter(data["data"]))
     cases, summary = (
@@ -62,7 +62,7 @@ def accuracy(data: dict[str, Any], path: Path) -> None:
     for at, field in zip(axes, fields, strict=True):
         for k, name in enumerate(names):
             errors = [data["errors"][i][name][field] for i in inputs]
-            # Exact results and NaN lie at the ends of the logarithmic axis.
+            # Exact results and NaN are drawn at the ends of the logarithmic axis.
             places = [_NOT_A_NUMBER if e is None else max(e, _EXACT) for e in errors]
             shift = (k - (len(names) - 1) / 2) * 0.1
             at.plot(places, np.arange(len(inputs)) + shift, "o", ms=4, label=name)

@@ -40,13 +40,13 @@ def layer(
     """Return one layer's training step, compiled for the devices of `sharding`.
 
     The cotangent is a product of `y` with a matrix over the features. It waits for all of `y`, as
-    in a network; otherwise one reading of `x` would serve the forward and the backward pass.
+    in a network; otherwise one read of `x` would serve both the forward and the backward pass.
 
     Args:
       name: one of `LAYERS`.
       case: what the step is.
       sizes: examples, rows, columns and features.
-      sharding: where the arguments lie.
+      sharding: where the arguments are placed.
     """
     examples, rows, columns, features = sizes
     last = case.layout == "NHWC"
@@ -100,13 +100,13 @@ def network(
 def sharded_layer(
     name: str, features: int, dtype: str, under: str, devices: Sequence[Any]
 ) -> jax.stages.Compiled:
-    """Return one layer's training step on two examples a device, which share their statistics.
+    """Return one layer's training step on two examples per device, which share their statistics.
 
     Args:
       name: one of `LAYERS`.
       features: how many there are, on the last axis.
       dtype: that of the input.
-      under: "jit", or "shard_map", where the layer is given the name of the axis.
+      under: "jit", or "shard_map", for which the layer is given the name of the axis.
       devices: what to compile for.
     """
     mesh = Mesh(np.array(devices), ("data",))

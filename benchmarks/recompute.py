@@ -1,9 +1,9 @@
 """Measure memory and time of a chain of convolution → batch norm → relu blocks by what is kept.
 
 `jax.checkpoint` always keeps what goes into the function it wraps; its policy says, by name, what
-else the backward pass may find where it left it. The rest is computed again. The blocks run under
-`lax.scan`, as those of deep networks do: written out one after another, XLA on the CPU finds that a
-value is computed twice, and keeps it.
+else is kept for the backward pass. The rest is computed again. The blocks run under `lax.scan`, as
+those of deep networks do: if they were written out one after another, XLA on the CPU would find
+that a value is computed twice, and keep it.
 """
 
 import statistics

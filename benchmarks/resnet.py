@@ -1,4 +1,4 @@
-"""ResNets (He et al., 2015) with a norm of choice, and their training step."""
+"""ResNets (He et al., 2015) with a given normalization, and their training step."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -44,7 +44,7 @@ def sums_bytes(features: int) -> int:
 
 
 def backward_bytes(features: int) -> int:
-    """Return the bytes of the sums of the cotangent, and of it times the input, in float32."""
+    """Return the bytes of the sums of the cotangent and of it times the input, in float32."""
     return 2 * 4 * features
 
 
@@ -58,7 +58,7 @@ def all_gather_seconds(bytes_: float, devices: int, latency: float, bandwidth: f
 
 
 def all_reduce_seconds(bytes_: float, devices: int, latency: float, bandwidth: float) -> float:
-    """Return the time of recursive halving and doubling, of which each half is like an all-gather.
+    """Return the time of recursive halving and doubling, each as long as an all-gather.
 
     The same paper, section 4.5.
     """
@@ -66,12 +66,12 @@ def all_reduce_seconds(bytes_: float, devices: int, latency: float, bandwidth: f
 
 
 def table_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
-    """Return the time forward of float32: an all-gather of the moments of every device."""
+    """Return the forward time in float32: an all-gather of the moments of every device."""
     return all_gather_seconds(table_bytes(devices, features), devices, latency, bandwidth)
 
 
 def sums_seconds(devices: int, features: int, latency: float, bandwidth: float) -> float:
-    """Return the time forward of half precision: an all-reduce of sums about zero."""
+    """Return the forward time in half precision: an all-reduce of sums about zero."""
     return all_reduce_seconds(sums_bytes(features), devices, latency, bandwidth)
 
 

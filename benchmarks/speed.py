@@ -47,7 +47,7 @@ def data_names(text: str) -> tuple[str, ...]:
 
 
 def problems(shapes: list[tuple[int, ...]]) -> list[tuple[str, Problem]]:
-    """Return layouts and problems. An (N, C) batch counts among those with features last."""
+    """Return layouts and problems. An (N, C) batch counts as one with features last."""
     found = []
     for shape, dtype in itertools.product(shapes, DTYPES):
         found.append(("NHWC", Problem(shape, -1, dtype)))
@@ -78,7 +78,7 @@ def arrays(problem: Problem, data: str = "settled") -> Arrays:
 
 @jax.jit
 def copy(x: jax.Array) -> jax.Array:
-    """Read and write every bit once, on all threads, where a plain copy may run on one."""
+    """Read and write every bit once, on all threads, whereas a plain copy may run on one."""
     return ~x.view(f"uint{8 * x.dtype.itemsize}")
 
 
@@ -95,8 +95,8 @@ def time_problem(problem: Problem, makers: dict, settings: Settings) -> list[dic
 def time_data(
     given: Arrays, contenders: dict[str, Contender], quick: bool
 ) -> Iterator[dict[str, Any]]:
-    # PyTorch alone keeps the statistics that it updates: those of "fresh" move while it is timed,
-    # which costs it nothing.
+    # Only PyTorch keeps the statistics that it updates: those of "fresh" change while it is timed,
+    # which does not affect its time.
     batches = {name: contender.put(given) for name, contender in contenders.items()}
     budget: dict[str, Any] = (
         {"at_least": 3, "at_most": 9, "seconds": 0.1} if quick else {"seconds": 1.0}
@@ -144,7 +144,7 @@ def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def touch_memory(bytes_: int) -> None:
-    """Let the C library take this much memory and keep it, as __main__.py sets it up.
+    """Let the C library allocate this much memory and keep it, as __main__.py configures it.
 
     No contender is then the first to touch a page. NumPy would ask for huge pages instead.
     """

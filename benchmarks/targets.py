@@ -1,4 +1,4 @@
-"""Machines that programs are compiled for without having one: an H100, and TPUs."""
+"""Machines that programs are compiled for, without being present: an H100, and TPUs."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-# What XLA asks a GPU about itself, as it stands on an H100 (XLA's GpuTargetConfigProto).
+# What XLA needs to know about a GPU, with the values of an H100 (XLA's GpuTargetConfigProto).
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -77,7 +77,7 @@ def is_installed(target: str) -> bool:
 
 
 def missing(target: str) -> str:
-    """Return the line that says how to get the compiler for a target."""
+    """Return the line that says how to install the compiler for a target."""
     return (
         f"nothing is compiled for the {TARGETS[target].title}: into an environment of its own that "
         f"has jax 0.10.2, {TARGETS[target].install}"
@@ -85,7 +85,7 @@ def missing(target: str) -> str:
 
 
 def environment(target: str) -> dict[str, str]:
-    """Return the variables that a process which compiles for a target must start with."""
+    """Return the environment variables that a process must start with to compile for a target."""
     return {**os.environ, **TARGETS[target].environment}
 
 
@@ -99,7 +99,7 @@ def devices(target: str, topology: str | None = None) -> list[Any]:
 
 
 def placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Return the shapes and dtypes of a tree's leaves, as arguments that lie on given devices."""
+    """Return the shapes and dtypes of a tree's leaves, as arguments that are on given devices."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
     )

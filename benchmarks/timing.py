@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-# Times a batch crosses the memory bus at least, where caches hold none of it: training reads it for
-# its moments, reads it again to normalize, and writes the output; the backward pass reads it and
-# the cotangent for two sums, reads both again, and writes the gradient.
+# How many times, at least, a batch crosses the memory bus if caches hold none of it: training reads
+# it for its moments, reads it again to normalize, and writes the output; the backward pass reads it
+# and the cotangent for two sums, reads both again, and writes the gradient.
 FLOOR_PASSES = {"forward": 3, "forward_backward": 8, "evaluate": 2}
 
 
@@ -22,7 +22,7 @@ def turn_by_turn(
 ) -> dict[str, list[float]]:
     """Return the seconds of every call: `at_least` rounds, and more until `seconds` have passed.
 
-    JAX arrays are waited for. A call that returns anything else must wait by itself.
+    This waits for JAX arrays. A call that returns anything else must wait by itself.
     """
     for call in calls.values():  # Compile and allocate before the clock runs.
         jax.block_until_ready(call())
@@ -57,7 +57,7 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
 def floor_fraction(times: Sequence[float], copies: Sequence[float], kind: str) -> float:
     """Return the least time that the traffic of `kind` takes, over the time it took.
 
-    A copy, which is two passes over memory, gives the time of one.
+    A copy is two passes over memory, so half of its time is that of one pass.
     """
     return FLOOR_PASSES[kind] / 2 * median_ratio(copies, times)
 

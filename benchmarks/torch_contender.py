@@ -37,14 +37,14 @@ def device(backend: str) -> str:
 
 
 class TorchContender:
-    """PyTorch run eagerly, as it mostly is. It updates the running statistics in place."""
+    """PyTorch run eagerly, as it usually is. It updates the running statistics in place."""
 
     def __init__(self, device: str, problem: Problem):
         import torch
 
         self.torch, self.device = torch, device
         self.dtype = getattr(torch, problem.dtype)
-        # Features are always on axis 1, and last in memory where the strides say so.
+        # Features are always on axis 1, and last in memory if the strides say so.
         self.features_last = problem.axis != 1 and len(problem.shape) > 2
 
     def put(self, arrays: Arrays) -> Batch:

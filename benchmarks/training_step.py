@@ -17,10 +17,10 @@ from benchmarks import timing
 from benchmarks.resnet import NORMS, ResNet, training_step
 from benchmarks.settings import Settings
 
-# Of the red, green and blue of ImageNet's images, whose values lie in [0, 1]: what networks that
-# were trained on it subtract and divide by.
+# The mean and deviation of red, green and blue in ImageNet's images, with values in [0, 1].
+# Networks trained on ImageNet subtract and divide by them.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Pixels of a side of what a crop shows, as on ImageNet; smaller images are scaled down.
+# The side of a crop in pixels, as on ImageNet; smaller images are scaled down.
 VIEW = 224
 
 
@@ -53,7 +53,7 @@ def photographs(shape: tuple[int, ...], seed: int) -> jax.Array:
 def warmed_up(variables: Any, batches: Iterable[jax.Array], dtype: str, **model: Any) -> Any:
     """Return the variables with the running statistics of many steps, and unchanged weights.
 
-    The momentum is small here, so that a few batches are enough for it.
+    The momentum is small here, so that a few batches are enough.
     """
     net = ResNet(partial(NORMS["ours"], momentum=0.5), dtype=dtype, **model)
     forward = jax.jit(partial(net.apply, train=True, mutable=["batch_stats"]))
@@ -64,7 +64,7 @@ def warmed_up(variables: Any, batches: Iterable[jax.Array], dtype: str, **model:
 
 
 def off_zero(batch_stats: Any) -> list[bool]:
-    """Return for each norm whether the mean of some feature exceeds its deviation."""
+    """Return, for each norm, whether the mean of some feature exceeds its deviation."""
     norms = jax.tree.leaves(
         batch_stats, is_leaf=lambda leaf: isinstance(leaf, Mapping) and "mean" in leaf
     )

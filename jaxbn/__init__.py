@@ -1,4 +1,4 @@
-"""Batch normalization for JAX and Flax that says which convention it follows."""
+"""Batch normalization for JAX and Flax, with an explicit convention."""
 
 import importlib
 import typing
@@ -24,7 +24,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Some of these need Flax, so each is imported where it is first asked for.
+# Some of these need Flax, so each is imported when it is first used.
 _SUBMODULES = ("calibrate", "convert", "inference", "linen", "nnx", "parity")
 
 if typing.TYPE_CHECKING:

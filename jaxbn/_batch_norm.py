@@ -18,8 +18,8 @@ from jaxbn._options import Options
 from jaxbn._running import Estimator, State, update, variance
 
 Params = Mapping[str, jax.Array]
-# The backward pass needs x, in its own dtype, and the moments. All else is arithmetic on single
-# values, which costs less to repeat than to keep.
+# The backward pass needs x, in its own dtype, and the moments. Everything else is elementwise
+# arithmetic, which costs less to repeat than to keep.
 _keep_only_moments = partial(
     jax.checkpoint,
     policy=jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME),
@@ -87,27 +87,28 @@ def batch_norm(
       axis_name: the mapped axis, or axes, (of `vmap`, `pmap`, `shard_map`) that share statistics.
         Under `jit` with sharded arrays none is needed. Evaluation with a state ignores it; without
         a state it shares statistics as training does, so the axis must be bound.
-      axis_index_groups: groups of indices of `axis_name` that share statistics, all of one size;
-        by default all do. JAX has groups in `pmap` and in `shard_map` with `check_vma=False` only.
+      axis_index_groups: groups of indices of `axis_name` that share statistics, all of the same
+        size; by default all indices do. JAX supports groups only in `pmap`, and in `shard_map` with
+        `check_vma=False`.
       mask: booleans that broadcast against `x`, True where a value counts. Masked-out values affect
         nothing, and the output there is `bias`. A batch in which no value counts leaves the state
         unchanged.
       dtype: the dtype of `y`, by default that of `x`.
       virtual_batch_size: normalizes each group of this many consecutive examples, along the first
         non-feature axis, with that group's own statistics (ghost batches). The state moves towards
-        the mean of the statistics of all groups, on all devices of `axis_name`, which share nothing
-        else then.
+        the mean of the statistics of all groups, on all devices of `axis_name`, which then share
+        nothing else.
 
     Returns:
       `y`, of the shape of `x`, and the new state, of the shapes of the old. Statistics are computed
       in float32, or in float64 if `x` is, and kept in that dtype or in that of the state, whichever
-      is wider, whatever the dtypes of `momentum` and `epsilon`. The new state is a mapping of the
-      same kind as the old one (a `FrozenDict` for a `FrozenDict`), or a dict if that kind is not
-      registered as a pytree. No gradient flows into it. Evaluation returns `state` itself.
+      is wider, regardless of the dtypes of `momentum` and `epsilon`. The new state is a mapping of
+      the same kind as the old one (a `FrozenDict` for a `FrozenDict`), or a dict if that kind is
+      not registered as a pytree. No gradient flows into it. Evaluation returns `state` itself.
 
     Raises:
-      ValueError: an argument is out of its range or does not fit the others; there is one value
-        per feature, and an unbiased variance is asked for.
+      ValueError: an argument is out of its range or does not fit the others; an unbiased variance
+        is requested, but there is only one value per feature.
       TypeError: an argument has the wrong dtype, or `params` or `state` is not a mapping.
 
     Example:

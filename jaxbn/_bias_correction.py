@@ -20,7 +20,7 @@ def bias_correction(momentum: Any, count: Any) -> jax.Array:
 
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015, section 3.
     """
-    # A count is an integer, which JAX's strict promotion would refuse as an exponent.
+    # A count is an integer, which JAX's strict promotion would reject as an exponent.
     with jax.numpy_dtype_promotion("standard"):
         return 1 - momentum**count
 

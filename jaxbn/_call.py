@@ -12,7 +12,7 @@ from jaxbn._moments import statistics_dtype
 
 
 class Call(NamedTuple):
-    """The input, and what is known of a call before anything is computed.
+    """The input, and what is known about a call before anything is computed.
 
     Attributes:
       x: the input, in its own dtype.
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The reduced axes, counted after groups of examples have got an axis of their own."""
+        """The reduced axes, numbered as if groups of examples already had an axis of their own."""
         kept, rank = self.feature_axes, self.x.ndim
         if self.ghosts is not None:
             groups, _ = self.ghosts

@@ -1,4 +1,4 @@
-"""What arguments get that do not fit the shapes, the dtype or the state of their call."""
+"""Check arguments against the shapes, the dtype and the state of their call."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

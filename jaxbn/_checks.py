@@ -1,4 +1,4 @@
-"""What bad arguments get, each by itself: an error that names it, what came and what is wanted."""
+"""Check arguments by themselves. Errors name the argument, what was passed and what is expected."""
 
 import math
 import operator

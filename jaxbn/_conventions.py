@@ -16,7 +16,7 @@ class Keywords(TypedDict):
     running_variance: Estimator
 
 
-# Mapping compares with any other mapping, which the dataclass must not replace.
+# `Mapping` compares with any other mapping; the dataclass must not replace that comparison.
 @dataclass(frozen=True, eq=False)
 class Convention(Mapping[str, Any]):
     """An immutable, hashable mapping of keyword arguments of `batch_norm`."""

@@ -1,4 +1,4 @@
-"""What names and groups of devices get that do not fit the mapped axes around their call."""
+"""Check the names and groups of devices against the mapped axes around the call."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -61,8 +61,8 @@ def more_than_one_value(
 
 def _has_groups(axis_name: Hashable | Sequence[Hashable], groups: Sequence[Sequence[int]]) -> bool:
     """Return whether JAX implements collectives over groups of this axis."""
-    # The axes of pmap and shard_map are manual axes of a mesh; those of vmap are not. Asking the
-    # mesh first matters in a jit within a vmap, where JAX would raise after this trace only.
+    # The axes of pmap and shard_map are manual axes of a mesh; those of vmap are not. The mesh is
+    # checked first because in a jit within a vmap JAX would raise only after this trace.
     if not set(names_of(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes):
         return False
     try:

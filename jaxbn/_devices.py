@@ -66,8 +66,8 @@ def gather(
     This takes one collective for all axes of `pmap` or `shard_map`, and one for each of `vmap`.
     """
     row = jnp.stack(jnp.broadcast_arrays(*own))
-    # If `shard_map` checks, this makes the row vary over the devices even if `x` does not, and the
-    # table is then known to be the same on all of them.
+    # For `shard_map` with its check, this makes the row vary over the devices even if `x` does not,
+    # so that the table is known to be the same on all of them.
     row = row + 0 * lax.axis_index(names).astype(row.dtype)
     varying = jax.typeof(row).manual_axis_type.varying
     manual = tuple(name for name in names if name in jax.sharding.get_abstract_mesh().manual_axes)

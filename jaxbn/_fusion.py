@@ -1,6 +1,6 @@
-"""Workarounds for XLA's compilers, so that each of them reads a batch as rarely as possible.
+"""Workarounds for XLA's compilers, so that each of them reads a batch as few times as possible.
 
-Only this module knows of platforms. docs/performance.md counts what each workaround gains.
+Only this module depends on the platform. docs/performance.md counts what each workaround gains.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,11 @@ def by_readings(x: jax.Array, one: Callable[..., Any], separate: Callable[..., A
 def own_reading(input_dtype: DTypeLike, x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
     """Return the arguments unchanged, on a CPU behind a barrier that makes a sum read `x` itself.
 
-    XLA for CPUs gives each sum a loop of its own. An operation that two sums share, such as a
-    conversion or a subtraction, it computes once and writes to memory, although each loop could
-    compute it on the fly. A barrier over different `others` for each sum prevents the sharing. The
-    barrier holds `x` in `input_dtype`, the dtype of the input, so that this is what is read.
+    XLA for CPUs gives each sum a loop of its own. If two sums share an operation, such as a
+    conversion or a subtraction, it computes the operation once and writes the result to memory,
+    although each loop could compute it on the fly. A barrier over different `others` for each sum
+    prevents the sharing. The barrier holds `x` in `input_dtype`, the dtype of the input, so that
+    this is what is read.
     """
 
     def barrier(x, *others):
@@ -57,14 +58,14 @@ def line(
 
 @line.defjvp
 def _line_jvp(input_dtype, primals, tangents):
-    """Apply the product rule, with the part whose transpose is two sums by platform."""
+    """Apply the product rule; the term whose transpose is two sums depends on the platform."""
     x, shift, slope, _ = primals
     dx, dshift, dslope, doffset = tangents
     summed = _summed_by_transpose(input_dtype, x, shift, dslope, doffset)
     return line(input_dtype, *primals), (dx - dshift) * slope + summed
 
 
-# Compiled even if the caller is not: one by one, its operations would take more readings.
+# Compiled even if the caller is not: one by one, its operations would read the batch more often.
 @partial(jax.jit, static_argnums=0)
 def _summed_by_transpose(
     input_dtype: DTypeLike, x: jax.Array, shift: jax.Array, slope: jax.Array, offset: jax.Array

@@ -27,8 +27,7 @@ def init(
       axis: the feature axis, or axes; every other axis is reduced.
       use_scale: whether the parameters hold a `scale`, ones.
       use_bias: whether the parameters hold a `bias`, zeros.
-      param_dtype: the dtype of the parameters. The state has it too, or float32 where that is
-        wider.
+      param_dtype: the dtype of the parameters. The state has it too, or float32 if that is wider.
       keepdims: whether leaves have the shape that broadcasts against the input, such as
         (1, C, 1, 1), instead of (C,).
       track_count: whether the state counts training batches, which `momentum=None` needs.

@@ -12,7 +12,7 @@ Tree = TypeVar("Tree")
 
 
 def keep_finite(old: Any, new: Tree) -> Tree:
-    r"""Return the new statistics of each layer where all are finite, and otherwise its old ones.
+    r"""Return each layer's new statistics if all of them are finite, and otherwise its old ones.
 
     .. math::
 

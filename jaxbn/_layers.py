@@ -30,7 +30,7 @@ def checked_options(layer: Any) -> dict[str, Any]:
 
 
 def floating_input(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
-    """Return `x` as Flax converts it: floating, and in float64 where `dtype` is."""
+    """Return `x` as Flax converts it: floating, and in float64 if `dtype` is."""
     is_array = isinstance(x, jax.Array | np.ndarray)
     if is_array and (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_):
         x = jnp.asarray(x, jnp.float32)

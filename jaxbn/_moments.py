@@ -39,19 +39,19 @@ def moments(
 
         \mu = s + E[d], \quad \sigma^2 = E[d^2] - E[d]^2
 
-    take one reading of `x`. The closer the shift is to the mean, the more accurate they are: the
+    need only one read of `x`. The closer the shift is to the mean, the more accurate they are: the
     rounding error of the sums, relative to the variance, is multiplied by
     :math:`E[d^2] / \sigma^2 = 1 + (s - \mu)^2 / \sigma^2`.
 
     The shift is the mean of at least a sixteenth of the values or, under a mask, of all of them
-    (which takes two more readings). This bounds the factor for any data: if a fraction 1 / f of the
-    values has the mean s, then the variance between this part and the rest is
+    (which reads `x` two more times). This bounds the factor for any data: if a fraction 1 / f of
+    the values has the mean s, then the variance between this part and the rest is
     :math:`(s - \mu)^2 / (f - 1)`, and the whole variance is at least that. So the factor is at most
     f.
 
     For inputs in half precision the shift is zero (`jaxbn._half_precision` shows that this is
-    enough). On a CPU, where sums do not share a reading, it is the running mean or, far from that,
-    the mean that a loop finds (`jaxbn._separate_readings`).
+    enough). On a CPU, where sums do not share a read of `x`, it is the running mean or, for a
+    feature far from it, the mean that a loop finds (`jaxbn._separate_readings`).
 
     Args:
       x: the batch, in the dtype of the statistics.
@@ -62,8 +62,8 @@ def moments(
       axis_name: the mapped axis or axes that share the statistics.
       axis_index_groups: the groups of its indices that do.
 
-    The count and `mean_high` have no derivative. Those of `mean_low` and `var` are `E[dx]` and
-    `2 E[(x - mean) dx]`, whatever the shift.
+    The count and `mean_high` have no derivative. The derivatives of `mean_low` and `var` are
+    `E[dx]` and `2 E[(x - mean) dx]`, whatever the shift.
     """
     batch = local_moments(x, mask, running_mean, input_dtype, axes)
     if axis_name is None:
@@ -89,7 +89,7 @@ def _moments_jvp(input_dtype, axes, axis_name, axis_index_groups, primals, tange
     return batch, Moments(jnp.zeros_like(batch.n), jnp.zeros_like(batch.mean_high), dmean, dvar)
 
 
-# Compiled even if the caller is not: one by one, its operations would take more readings.
+# Compiled even if the caller is not: one by one, its operations would read the batch more often.
 @partial(jax.jit, static_argnums=(3, 4))
 def local_moments(
     x: jax.Array,

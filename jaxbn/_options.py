@@ -1,4 +1,4 @@
-"""The options of a batch norm: one list of them, which the function and the layers share."""
+"""The options of a batch norm, in a single list that the function and the layers share."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from jaxbn._running import Estimator
 
 
 class Options(NamedTuple):
-    """The options of `batch_norm`, which documents each, and which the layers pass on to it.
+    """How the statistics are computed, tracked and used. `batch_norm` documents each option.
 
     To add an option, list it here and check it below. Add it to the signature, the docstring and
     the `Options` of `batch_norm`, and to the attributes and docstrings of the two layers. A table

@@ -18,12 +18,13 @@ def moments_in_separate_readings(
     input_dtype: DTypeLike,
     axes: tuple[int, ...],
 ) -> ShiftedMoments:
-    """Return the moments about the expected mean or, where that is inaccurate, a better shift.
+    """Return the moments about the expected mean or, if that is inaccurate, about a better shift.
 
     The moments about the expected mean are accurate if it is within one deviation of the mean,
-    which at most doubles the error of the sums, and within four deviations of zero, about which
-    each example is summed. For all other features, a loop sums again about the mean just found. The
-    third pass is about the float nearest to the mean, which for equal values is their value.
+    which at most doubles the error of the sums, and within four deviations of zero, because each
+    example is summed about zero. For all other features, a loop sums again about the mean just
+    found. The third pass is about the float nearest to the mean, which for equal values is their
+    value.
     """
     about = partial(moments_about, x=x, mask=mask, input_dtype=input_dtype, axes=axes)
 

@@ -5,7 +5,7 @@ from jax import lax
 
 from jaxbn._readings import average, count
 
-# The sample has one value in this many, or a few more.
+# The sample contains one in this many of the values, or slightly more.
 FRACTION = 16
 
 
@@ -25,9 +25,9 @@ def sample_mean(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> 
 def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Return at least a sixteenth of `x`: some consecutive indices in the middle of a reduced axis.
 
-    The axis is the longest but the first, along which batches are split over devices. If there is
-    no other, every sixteenth index of the first is taken, so that each device has its share. An
-    axis that is explicitly sharded cannot be sliced.
+    The axis is the longest one except the first, along which batches are split over devices. If
+    there is no other, every sixteenth index of the first is taken, so that each device has its
+    share. An axis that is explicitly sharded cannot be sliced.
     """
     spec = jax.typeof(x).sharding.spec
     unsharded = [a for a in axes if a >= len(spec) or spec[a] is None]

@@ -6,7 +6,7 @@ from jax.tree_util import GetAttrKey, KeyPath
 
 
 def unboxed_path(path: KeyPath) -> KeyPath:
-    """Return the path of a leaf without the last step, where that leads into a box.
+    """Return the path of a leaf, without the last step if that leads into a box.
 
     Boxes, such as NNX's variables and Linen's partitioned parameters, hold their array as `value`.
     """

@@ -1,4 +1,4 @@
-"""The Linen layer, which keeps the parameters and the statistics. It has no arithmetic."""
+"""The Linen layer, which holds the parameters and the statistics. It does no arithmetic."""
 
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -30,26 +30,26 @@ _INITIALIZING = {
 class BatchNorm(nn.Module):
     """Normalize a batch as `jaxbn.batch_norm` does, in a Flax Linen model.
 
-    A drop-in for `flax.linen.BatchNorm`: it takes the same arguments with the same defaults, and
-    keeps the same variables (`scale` and `bias` in `params`, `mean` and `var` in `batch_stats`), so
-    its checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`. For a model that comes
-    from PyTorch, write `BatchNorm(**jaxbn.PYTORCH)`.
+    A drop-in replacement for `flax.linen.BatchNorm`: it takes the same arguments with the same
+    defaults, and keeps the same variables (`scale` and `bias` in `params`, `mean` and `var` in
+    `batch_stats`), so its checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`. For a
+    model that comes from PyTorch, write `BatchNorm(**jaxbn.PYTORCH)`.
 
     These differences from Flax's layer remain. Where `mask` is False the output is `bias` and no
     gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
-    the mask in evaluation. A batch with no value to count leaves the statistics unchanged, and no
+    the mask in evaluation. A batch in which no value counts leaves the statistics unchanged, and no
     gradient flows into updated statistics. `epsilon=0` in training and a traced
-    `use_running_average` are refused. Complex inputs are not supported.
+    `use_running_average` are rejected. Complex inputs are not supported.
 
     As in Flax, initialization neither needs `axis_name` nor counts as a training step.
 
     Attributes:
-      use_running_average: True in evaluation, where `batch_stats` normalizes and is unchanged;
-        False in training. Give it either here or in the call.
+      use_running_average: True in evaluation, where `batch_stats` is used and not updated; False in
+        training. Give it either here or in the call.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
         averages all batches so far with equal weights, and adds `count` to `batch_stats`. A `mask`
-        must then have size 1 along the features, and `running_variance` be "biased".
+        must then have size 1 along the features, and `running_variance` must be "biased".
       epsilon: a small number that is added to the variance.
       dtype: the dtype of the result, by default the one that input and parameters promote to.
       param_dtype: the dtype of `scale` and `bias`.
@@ -60,9 +60,9 @@ class BatchNorm(nn.Module):
       axis_name: the mapped axis, or axes, that share statistics. Under `jit` with sharded arrays
         none is needed.
       axis_index_groups: groups of indices of `axis_name` that share statistics.
-      use_fast_variance: accepted as in Flax, without effect: the variance is always accurate.
-      force_float32_reductions: accepted as in Flax, without effect: statistics are computed and
-        kept in float32 at least.
+      use_fast_variance: accepted as in Flax, but has no effect: the variance is always accurate.
+      force_float32_reductions: accepted as in Flax, but has no effect: statistics are computed and
+        kept in at least float32.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".
       running_variance: the estimator that is tracked.
       virtual_batch_size: normalizes each group of this many examples with that group's own
@@ -118,7 +118,7 @@ class BatchNorm(nn.Module):
           The normalized input, of the shape of `x`.
 
         Raises:
-          ValueError, TypeError: an option or an argument is bad, as for `jaxbn.batch_norm`.
+          ValueError, TypeError: an option or an argument is invalid, as for `jaxbn.batch_norm`.
           flax.errors.ModifyScopeVariableError: `batch_stats` is not mutable in training.
         """
         use_running_average = _checks.python_bool(
@@ -130,8 +130,8 @@ class BatchNorm(nn.Module):
         feature_axes = _call_checks.feature_axes(self.axis, x.shape)
         features = tuple(x.shape[a] for a in feature_axes)
 
-        # Statistics without a count are not given one here: an average that began at zero would
-        # replace them.
+        # Statistics without a count are not given one here: an average that starts from a count of
+        # zero would replace them.
         has_statistics = self.has_variable("batch_stats", "mean")
         track_count = self.has_variable("batch_stats", "count") or (
             self.momentum is None and not has_statistics

@@ -1,4 +1,4 @@
-"""The NNX layer, which keeps the parameters and the statistics. It has no arithmetic."""
+"""The NNX layer, which holds the parameters and the statistics. It does no arithmetic."""
 
 import operator
 from collections.abc import Hashable, Mapping, Sequence
@@ -23,45 +23,46 @@ __all__ = ["BatchNorm"]
 class BatchNorm(nnx.Module):
     """Normalize a batch as `jaxbn.batch_norm` does, in a Flax NNX model.
 
-    A drop-in for `flax.nnx.BatchNorm`: it takes the same arguments with the same defaults, and
-    keeps the same variables (`scale` and `bias` are `Param`, `mean` and `var` are `BatchStat`), so
-    its checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`. For a model that comes
-    from PyTorch, write `BatchNorm(n, **jaxbn.PYTORCH, rngs=rngs)`.
+    A drop-in replacement for `flax.nnx.BatchNorm`: it takes the same arguments with the same
+    defaults, and keeps the same variables (`scale` and `bias` are `Param`, `mean` and `var` are
+    `BatchStat`), so its checkpoints load. The defaults are Flax's convention, `jaxbn.FLAX`. For a
+    model that comes from PyTorch, write `BatchNorm(n, **jaxbn.PYTORCH, rngs=rngs)`.
 
     These differences from Flax's layer remain. Where `mask` is False the output is `bias` and no
     gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
-    the mask in evaluation. A batch with no value to count leaves the statistics unchanged, and no
+    the mask in evaluation. A batch in which no value counts leaves the statistics unchanged, and no
     gradient flows into updated statistics. `epsilon=0` in training and a traced
-    `use_running_average` are refused. Complex inputs are not supported.
+    `use_running_average` are rejected. Complex inputs are not supported.
 
     To freeze a layer within a model that trains, set `use_running_average=True`: its running
-    statistics normalize and are unchanged, and `scale`, `bias` and the input get the gradients of
+    statistics are used and not updated, and `scale`, `bias` and the input get the gradients of
     evaluation. `model.train()` reaches every layer, so call `model.norm.eval()` after it, or pass
     the argument in the call.
 
     Attributes:
       num_features: the size of the feature axis, or the sizes of several, in the input's order.
-      use_running_average: True in evaluation, where `mean` and `var` normalize and are unchanged;
+      use_running_average: True in evaluation, where `mean` and `var` are used and not updated;
         False in training. `train()`, `eval()` and `nnx.view` set it, and a call may override it. If
         it is None, every call must give it.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. None
         averages all batches so far with equal weights, and adds the `BatchStat` `count`. A `mask`
-        must then have size 1 along the features, and `running_variance` be "biased". After loading
-        statistics that come without a count, set it: from zero, the next batch would replace them.
+        must then have size 1 along the features, and `running_variance` must be "biased". After
+        loading statistics that come without a count, set `count`: from zero, the next batch would
+        replace them.
       epsilon: a small number that is added to the variance.
       dtype: the dtype of the result, by default the one that input, parameters and statistics
         promote to.
-      param_dtype: the dtype of `scale` and `bias`. `mean` and `var` begin with it too, but with
-        float32 at least.
-      use_bias: whether there is a bias; without, `bias` is None.
-      use_scale: whether there is a scale; without, `scale` is None.
+      param_dtype: the dtype of `scale` and `bias`. `mean` and `var` begin with it too, but with at
+        least float32.
+      use_bias: whether there is a bias; if not, `bias` is None.
+      use_scale: whether there is a scale; if not, `scale` is None.
       bias_init: the initializer of the bias.
       scale_init: the initializer of the scale.
       axis_name: the mapped axis, or axes, that share statistics. Under `jit` with sharded arrays
-        none is needed. Construction and evaluation do not look at it.
+        none is needed. Construction and evaluation ignore it.
       axis_index_groups: groups of indices of `axis_name` that share statistics.
-      use_fast_variance: accepted as in Flax, without effect: the variance is always accurate.
+      use_fast_variance: accepted as in Flax, but has no effect: the variance is always accurate.
       promote_dtype: a function of the tuple `(x, mean, var, scale, bias)` and the keyword `dtype`
         that returns the tuple to compute with. As in Flax, its dtypes determine that of the result.
         Values that it would make less precise are kept, and only the result is rounded.
@@ -177,7 +178,7 @@ class BatchNorm(nnx.Module):
           The normalized input, of the shape of `x`.
 
         Raises:
-          ValueError, TypeError: an argument is bad, as for `jaxbn.batch_norm`.
+          ValueError, TypeError: an argument is invalid, as for `jaxbn.batch_norm`.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average

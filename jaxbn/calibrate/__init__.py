@@ -1,4 +1,4 @@
-"""Exact running statistics: of a whole data set, or merged from those of shards."""
+"""Compute exact running statistics of a whole data set, or merge those of its shards."""
 
 from jaxbn.calibrate._merge import merge as merge
 from jaxbn.calibrate._recalibrate import recalibrate as recalibrate

@@ -12,7 +12,7 @@ class Constants(NamedTuple):
 
     Attributes:
       structure: the batch's tree structure.
-      leaves: for each leaf None where it is an array, and otherwise its type and value. The types
+      leaves: for each leaf, None if it is an array, and otherwise its type and value. The types
         tell `1` from `True`, which are equal.
     """
 

@@ -25,7 +25,7 @@ Tree = TypeVar("Tree")
 def merge(
     states: Sequence[Tree], counts: Sequence[Any], *, running_variance: Estimator = "unbiased"
 ) -> Tree:
-    r"""Merge the states of shards of the data into the state of all of it.
+    r"""Merge the states of shards of the data into the state of all the data.
 
     With the number of values :math:`n_i`, the mean :math:`\mu_i` and the biased variance
     :math:`\sigma_i^2` of shard :math:`i`, the mean and biased variance of all data are
@@ -44,10 +44,10 @@ def merge(
         `mean`, `var` and, optionally, `count`; or a tree of them, such as
         `variables["batch_stats"]` or `nnx.state(model, nnx.BatchStat)`. All have the same structure
         and shapes.
-      counts: for each state, the number of values per feature that it was computed from. Where this
-        differs between the layers of a tree, for example because their images differ in size, a
-        tree of numbers that is a prefix of the state. A shard without values has no effect, and its
-        state may hold NaN.
+      counts: for each state, the number of values per feature that it was computed from. If this
+        differs between the layers of a tree, for example because their images differ in size, pass
+        a tree of numbers that is a prefix of the state. A shard without values has no effect, and
+        its state may hold NaN.
       running_variance: the estimator of the variances in the states, and in the result. **The
         default, "unbiased", is right for states that `batch_norm` tracks by default. The layers
         track the biased variance by default, so for their states pass "biased".**

@@ -12,7 +12,7 @@ T = TypeVar("T")
 # A value for each call of each layer, in the order of the calls.
 PerCall = dict[LayerPath, tuple[T, ...]]
 
-# Prefixes of the variables beside `mean` and `var`; the number of the layer's call follows. They
+# Prefixes of the variables next to `mean` and `var`; the number of the layer's call follows. They
 # are in the collection of the statistics, so that lifted transforms, such as `scan` over layers,
 # treat them alike.
 PRESCRIBED, OBSERVED = "calibrate_prescribed_", "calibrate_observed_"

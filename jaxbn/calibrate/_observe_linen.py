@@ -1,4 +1,4 @@
-"""Observe the batch norms of a Linen model, by an interceptor of their calls."""
+"""Observe the batch norms of a Linen model by intercepting their calls."""
 
 from collections.abc import Mapping
 from inspect import unwrap

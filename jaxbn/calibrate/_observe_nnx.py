@@ -1,4 +1,4 @@
-"""Observe the batch norms of an NNX model, by a change of the class of its copy's layers."""
+"""Observe the batch norms of an NNX model by changing the class of the layers in a copy."""
 
 from collections.abc import Mapping
 from functools import cache

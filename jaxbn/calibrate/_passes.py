@@ -24,8 +24,8 @@ def exact_statistics(model: ObservableModel, batches: Iterable[Any]) -> PerCall[
 
     Args:
       model: the model. If any of its layers runs in training mode, only such layers are observed.
-      batches: an iterable of batches. It is iterated over once for each pass, or, if it is an
-        iterator, copied into a list.
+      batches: an iterable of batches. It is iterated over once for each pass; an iterator is first
+        copied into a list.
     """
     if isinstance(batches, Mapping):
         raise TypeError(

@@ -24,9 +24,9 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
     r"""Return the variables with the exact running statistics of a whole data set.
 
     Each batch norm's mean and variance become those of its input in one training step on all
-    batches at once, as one batch: earlier layers normalize with the statistics of the whole data
-    set too. The result does not depend on how the data is cut into batches, as long as nothing else
-    in the network is random or mixes examples. With :math:`n_i` values, mean :math:`\mu_i` and
+    batches together, as one batch: earlier layers normalize with the statistics of the whole data
+    set too. The result does not depend on how the data is split into batches, as long as nothing
+    else in the network is random or mixes examples. With :math:`n_i` values, mean :math:`\mu_i` and
     biased variance :math:`\sigma_i^2` in batch :math:`i`, those of the data set are
 
     .. math::
@@ -42,7 +42,7 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
 
     The data is passed over once for each batch norm on the longest path through the network: each
     pass makes the next layer's statistics exact. The passes end when one changes nothing, or after
-    as many as there are calls of batch norms.
+    as many passes as there are calls of batch norms.
 
     The calibrated layers are `jaxbn.linen.BatchNorm`, `jaxbn.nnx.BatchNorm`, Flax's own two, and
     classes derived from them. If any layer runs in training mode, in any batch, then only layers in

@@ -15,8 +15,8 @@ LayerPath = tuple[Any, ...]
 class Statistics(NamedTuple):
     """Count, mean and biased variance of values, in float64 and the shape of the layer's `mean`.
 
-    `ddof` is 1 where the layer tracks the unbiased variance, which divides by `n - 1`, and
-    otherwise 0. It is a scalar for each layer, so layers in a `scan` have an array of them.
+    `ddof` is 1 if the layer tracks the unbiased variance, which divides by `n - 1`, and otherwise
+    0. It is a scalar for each layer, so layers in a `scan` have an array of them.
     """
 
     n: np.ndarray

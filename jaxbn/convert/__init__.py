@@ -16,10 +16,10 @@ Only averages that a framework stores without their bias correction, Equinox's i
 Haiku's `hidden`, are rounded. Values share no memory with the tensors and NumPy arrays that they
 come from.
 
-The convention that a layer was trained with is not part of its numbers. Pass it to `batch_norm` as
+The convention that a layer was trained with is not stored in its values. Pass it to `batch_norm` as
 keywords, such as `jaxbn.PYTORCH` or `jaxbn.KERAS`; the documentation of each function names it.
 
-Flax takes the results as they are:
+Flax takes the results unchanged:
 `variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"] = from_torch(...)`.
 
 Read files with a reader that does not run code from them: `load_file(path)` of `safetensors.numpy`,

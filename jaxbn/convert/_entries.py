@@ -1,4 +1,4 @@
-"""Leaves of all layouts, by the names they have in jaxbn: their conversion and their checks."""
+"""Convert and check the leaves of all layouts, under the names they have in jaxbn."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,8 +14,8 @@ Array = np.ndarray | jax.Array
 Params = dict[str, jax.Array]
 State = dict[str, jax.Array]
 
-# Haiku and Equinox divide an average by its bias correction, 1 - momentum ** counter. Where no
-# count is known, this one makes the correction 1, and is small enough to be incremented.
+# Haiku and Equinox divide an average by its bias correction, 1 - momentum ** counter. If no count
+# is known, this one makes the correction 1, and is small enough to be incremented.
 CONVERGED_COUNT = 2**30
 
 _LARGEST_COUNT = np.iinfo(np.int32).max
@@ -28,7 +28,7 @@ def array(value: Any) -> Array:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":
-            # PyTorch knows no NumPy dtype for it, so the bits pass through 16-bit integers.
+            # PyTorch has no NumPy dtype for it, so the bits pass through 16-bit integers.
             return value.view(value.short().dtype).numpy().view(jnp.bfloat16)
         value = value.numpy()
     return np.asarray(value)

@@ -40,7 +40,7 @@ def fold(
     Args:
       kernel: the layer's kernel, of any floating dtype, with its C output features on `axis`.
       bias: the layer's bias, (C,), or None. The layers `DenseGeneral` and `ConvLocal` of Flax have
-        biases with more axes, whose shape is kept. A new bias is (C,), so where the layer needs
+        biases with more axes, whose shape is kept. A new bias is (C,), so if the layer needs
         another shape, pass zeros.
       params: the batch norm's mapping with `scale` and `bias`, either or both of which may be
         missing. Leaves have the shape (C,), or one that broadcasts, such as (1, C, 1, 1).
@@ -58,7 +58,7 @@ def fold(
 
     Raises:
       ValueError: an argument is out of range or does not fit the others; a variance is negative or
-        NaN, or zero where `epsilon` is zero too. Values that `jit` or another transformation traces
+        NaN, or zero if `epsilon` is zero too. Values that `jit` or another transformation traces
         cannot be checked.
       TypeError: an argument has the wrong type or dtype, or is in a box of Flax (`nn.Partitioned`).
 

@@ -25,8 +25,8 @@ def fold_linen(
     and with biases in the layers before them: `use_bias=True`.
 
     A new bias has the shape (C,), or in a `ConvLocal` the one that its kernel implies. Layers are
-    recognized by the names that Flax gives. `DenseGeneral` and `Einsum` with kernels of more than
-    two axes can be folded only if they have a bias, because their kernels do not determine its
+    recognized by the names that Flax gives them. `DenseGeneral` and `Einsum` with kernels of more
+    than two axes can be folded only if they have a bias, because their kernels do not determine its
     shape: put zeros there first. The same holds for layers with a name of their own whose bias is
     not (C,).
 

@@ -40,7 +40,7 @@ def open_manager(config: Config) -> Iterator[ocp.CheckpointManager]:
                     f"--out {config.out} has checkpoints of an earlier run: continue it by "
                     f"--resume, or name another folder."
                 )
-            # Writing a checkpoint takes less time than an epoch, and one that is written is safe.
+            # Writing a checkpoint takes less time than an epoch, and a written one is safe.
             options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
             manager = ocp.CheckpointManager(_folder(config.out), options=options)
             stack.enter_context(manager)

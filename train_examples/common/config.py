@@ -43,12 +43,12 @@ class Config:
             )
         if self.dataset != "digits" and self.data_dir is None:
             raise UserError(f"--dataset {self.dataset} needs --data-dir, the folder of its files.")
-        # Whatever else is wrong with the path shows when something is written there.
+        # Anything else that is wrong with the path is noticed when something is written there.
         if os.path.isfile(self.out):
             raise UserError(f"--out {self.out} is a file; it must be a folder, or not exist yet.")
 
     def decisive(self) -> dict[str, Any]:
-        """Return the options that determine the trained parameters: all but those of folders."""
+        """Return the options that determine the trained parameters: all but the folders."""
         return {k: v for k, v in asdict(self).items() if k not in ("data_dir", "out", "resume")}
 
 
@@ -71,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser, out: Path = Config.out) -> None
 
 
 def parse(parser: argparse.ArgumentParser, of: type[C], argv: Sequence[str] | None = None) -> C:
-    """Return the command line `argv` as a configuration; exit with a message where it is wrong."""
+    """Return the command line `argv` as a configuration; exit with a message if it is wrong."""
     try:
         return of(**vars(parser.parse_args(argv)))
     except UserError as error:

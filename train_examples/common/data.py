@@ -57,7 +57,7 @@ def training_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield an epoch of shuffled, augmented batches, which depend on `seed` and `epoch` alone.
 
-    So a run that is resumed after an epoch gets the batches that it would have got anyway.
+    A run that is resumed after an epoch thus gets the same batches as one that is not stopped.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(images))

@@ -37,7 +37,7 @@ class _Mark:
 
 
 def read_pickle(data: bytes, allowed: Collection[str], most_opcodes: int) -> Any:
-    """Return the value of a pickle of protocol 2 to 5, with a `Call` where it makes an object.
+    """Return the value of a pickle of protocol 2 to 5, with a `Call` wherever it makes an object.
 
     Memory is bounded by the length of `data` and by `most_opcodes`: each opcode makes one small
     value, or copies bytes that are in `data`. Byte strings, Python 2's strings and text are all

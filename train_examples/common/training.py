@@ -64,7 +64,7 @@ def correct(
         images,
         train=statistics == "batch",
         mask=mask,
-        # Linen requires it where `train` is true. The new moving averages are dropped.
+        # Linen requires it if `train` is true. The new moving averages are dropped.
         mutable=["batch_stats"],
     )
     return jnp.sum((jnp.argmax(logits, -1) == labels) & mask)
@@ -152,7 +152,7 @@ def fit(
         else:
             history.record_moving(0, steps, state.batch_stats)
 
-        # Of several processes the first one reports.
+        # If there are several processes, only the first one reports.
         with Progress(disable=jax.process_index() > 0) as progress:
             task = progress.add_task("training", total=steps, completed=int(state.step))
             for epoch in range(len(history.test_accuracy), stop_after_epoch or config.epochs):

@@ -60,7 +60,7 @@ def one_device(config: Config, step: Callable[..., Any] = ONE_DEVICE.step) -> Tr
 
 
 def one_device_in_reverse(config: Config) -> TrainState:
-    """Return the same, but for rounding: the sums over each batch have another order."""
+    """Return the same up to rounding: the sums over each batch are in another order."""
 
     def step(
         state: TrainState, images: np.ndarray, labels: np.ndarray
@@ -71,7 +71,7 @@ def one_device_in_reverse(config: Config) -> TrainState:
 
 
 def many_devices(config: Config) -> TrainState:
-    """Return the final state of a run; one in several processes is run by the command."""
+    """Return the final state of a run; if it has several processes, the command runs it."""
     with temporary(config) as config:
         if config.processes > 1:
             options = ("epochs", "dtype", "mode", "devices", "processes", "out")

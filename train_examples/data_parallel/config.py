@@ -61,7 +61,7 @@ def how_to_resume(config: Config) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """Return the configuration of a command line; exit with a message where it is wrong."""
+    """Return the configuration of a command line; exit with a message if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m train_examples.data_parallel",
         description="Trains the network of train_examples.digits on many devices.",

@@ -13,15 +13,15 @@ from train_examples.data_parallel.config import Config, how_to_resume
 from train_examples.data_parallel.processes import EXPLAINED, JOIN, LOST
 
 POLL = 0.1
-# Seconds that a process has to end after its launcher has closed its standard input.
+# How many seconds a process has to end after its launcher has closed its standard input.
 GRACE = 10
 
 
 def launch(argv: Sequence[str], config: Config) -> None:
     """Run the processes of `config` on this machine: one if it has a `process_id`, or else all.
 
-    One process has a launcher too. When the coordinator is lost, JAX's runtime aborts the process,
-    and only the launcher can print an error.
+    A single process has a launcher too. When the coordinator is lost, JAX's runtime aborts the
+    process, and only the launcher can print an error.
 
     Args:
       argv: the command line that `config` came from.

@@ -13,8 +13,8 @@ from jax.errors import JaxRuntimeError
 from train_examples.common.errors import UserError
 from train_examples.data_parallel.config import Config
 
-# Seconds: until all processes must have started; without a heartbeat until a process counts as
-# lost; that a process waits for the others at its end.
+# In seconds: the time in which all processes must start, the time without a heartbeat after which a
+# process counts as lost, and the time that a process waits for the others at its end.
 JOIN = 120
 HEARTBEAT = 20
 SHUTDOWN = 20

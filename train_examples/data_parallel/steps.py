@@ -31,7 +31,7 @@ def train_step(
 
     Devices may hold unequal numbers of images that count. So each device divides its sum of losses
     by the number on all devices, and the gradients are summed; the mean of the devices' means would
-    be another number.
+    differ.
 
     Args:
       state: the state, the same on every device.

@@ -36,10 +36,10 @@ def train(config: Config, stop_after_epoch: int | None = None) -> Result:
 def run(config: Config) -> None:
     """Train on the devices of all processes of the run, and print the test accuracy."""
     if config.devices is not None:
-        # The number of other devices is what the machine has.
+        # The number of devices of other kinds is what the machine has.
         jax.config.update("jax_num_cpu_devices", config.devices)
     result = train(config)
-    # Of several processes the first one reports.
+    # If there are several processes, only the first one reports.
     if jax.process_index() == 0:
         print(
             f"test accuracy {result.history.test_accuracy[-1]:.2%} after {config.epochs} epochs "

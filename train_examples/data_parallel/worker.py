@@ -19,7 +19,7 @@ def main() -> None:
             run(config)
     except UserError as error:
         print(f"process {config.process_id}: error: {error}", file=sys.stderr, flush=True)
-        # Other processes mostly print the same error: let them. Then exit as `joined` does.
+        # Other processes usually print the same error: let them. Then exit as `joined` does.
         time.sleep(1)
         os._exit(EXPLAINED)
 

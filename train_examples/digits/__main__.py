@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """Return the configuration of a command line; exit with a message where it is wrong."""
+    """Return the configuration of a command line; exit with a message if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m train_examples.digits",
         description="Trains a convolutional network with batch normalization to read digits.",

@@ -20,7 +20,7 @@ BATCH_SIZES = (1, 64, 360)
 
 
 class Comparison(NamedTuple):
-    """The trained network and the folded one, in this order where there are two values.
+    """The trained network and the folded one, in this order if there are two values.
 
     Attributes:
       difference: the largest difference between their logits.

@@ -106,7 +106,7 @@ def distance(values: Iterable[np.ndarray], truth: Iterable[np.ndarray]) -> float
         # Subtract in float64: in float32 the subtraction would round as well.
         return float(np.max(np.abs(a.astype(np.float64) - b)) / np.max(np.abs(b)))
 
-    # NumPy's maximum, as Python's can ignore NaN.
+    # NumPy's maximum, because Python's can ignore NaN.
     return float(np.max([one(a, b) for a, b in zip(values, truth, strict=True)]))
 
 

@@ -103,7 +103,7 @@ def _values(tensor: torch.Tensor) -> np.ndarray:
 
 def _load_pickle(path: Path) -> object:
     with warnings.catch_warnings():
-        # PyTorch warns of kinds of tensors that it is going to remove.
+        # PyTorch warns about kinds of tensors that it is going to remove.
         warnings.simplefilter("ignore")
         # `weights_only` refuses every call in a pickle except those that build tensors.
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -45,7 +45,7 @@ class Result(NamedTuple):
       train_loss, test_loss, accuracy: the scores of networks on their training set, and on the test
         set, (arms, sizes, seeds). An arm says what is computed from N images; the rest is computed
         from all.
-      whole: the same three scores where both are computed from all images, (3, seeds).
+      whole: the same three scores if both are computed from all images, (3, seeds).
     """
 
     noise_at: np.ndarray

@@ -201,7 +201,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def plot(result: Result) -> Figure:
-    """Plot the difference from the run without biases, beside that of rounding."""
+    """Plot the difference from the run without biases, beside that caused by rounding."""
     figure, axes = drawing.panels(2)
     for ax, dtype, values in zip(axes, DTYPES, result.difference, strict=False):
         drawing.band(ax, result.steps.tolist(), values[0], 1, "with random biases")

@@ -178,7 +178,7 @@ def score(state: TrainState, images: np.ndarray, labels: np.ndarray) -> Score:
     values = logits(state, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(values, labels)
     accuracy = np.mean(np.argmax(values, -1) == labels)
-    # NaN has an argmax too, the class 0: the accuracy is set to a guess's.
+    # The argmax of NaN is class 0, so the accuracy is set to that of guessing.
     return Score(float(losses.mean()), float(accuracy) if np.isfinite(values).all() else 0.1)
 
 

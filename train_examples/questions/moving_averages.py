@@ -2,9 +2,9 @@
 
 Because the prediction for one image must not depend on the other images in its batch. With the
 batch's own statistics it does, and the accuracy drops when the others are few or not typical. The
-moving averages depend on the training data alone. Their momentum trades two errors: the weight of
-the initial value (0 or 1) is momentum to the number of steps, and the noise of the last batches is
-multiplied by sqrt((1 - momentum) / (1 + momentum)). While the parameters change there is a third
+moving averages depend on the training data alone. Their momentum trades off two errors: the weight
+of the initial value (0 or 1) is momentum to the number of steps, and the noise of the last batches
+is multiplied by sqrt((1 - momentum) / (1 + momentum)). While the parameters change there is a third
 error: the averages lag behind.
 
 Predictions: batches of one image, or of one class, are classified worse with their own statistics

@@ -20,7 +20,7 @@ from train_examples.common.training import ONE_DEVICE, fit, network
 from train_examples.digits.train import Metrics, TrainState, train_step
 
 Tree = Any
-# As of a fainter scan on grey paper.
+# These imitate a fainter scan on grey paper.
 CONTRAST, BRIGHTNESS = 0.3, 0.5
 
 
@@ -94,7 +94,7 @@ def pieces(images: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def faint(dataset: Dataset) -> Dataset:
-    """Return the same digits with another contrast and brightness, as of another scanner."""
+    """Return the same digits with another contrast and brightness, as from another scanner."""
     train, test = (
         (CONTRAST * images + BRIGHTNESS).astype(images.dtype)
         for images in (dataset.train_images, dataset.test_images)

@@ -63,7 +63,7 @@ def _convention(layer: DifferentiableLayer) -> dict[str, Any]:
         return {**identify(layer, C), "note": None}
     except ConventionError as error:
         found = {name: error.found[name] for name in KEYWORDS if name in error.found}
-        # A property that is recognized but has no keyword; otherwise the reason of the error.
+        # A property that is recognized but has no keyword; otherwise the reason for the error.
         notes = [f"averages {error.found[name]}" for name in ["averages"] if name in error.found]
         if "epsilon_added_to" in error.found:
             notes.append(f"epsilon added to {error.found['epsilon_added_to']}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import flax.linen as nn
     import torch
 
-# The parentheses keep them apart from the paths of submodules.
+# The parentheses distinguish them from the paths of submodules.
 INPUT, OUTPUT = "(input)", "(output)"
 
 

@@ -48,9 +48,9 @@ def compare_models(
         is needed. The input and the output of the network are always compared. Submodules inside
         `nn.remat`, `nn.scan` or another lifted transformation cannot be named.
       x: the input in Flax's layout, a batch of images (N, H, W, C), in the dtype of both networks.
-      evaluation: the keyword arguments with which a call of the Flax model evaluates.
-      training: the keyword arguments with which it trains. Layers that draw random numbers, such as
-        dropout, will differ.
+      evaluation: the keyword arguments of a call of the Flax model in evaluation.
+      training: the keyword arguments of a call in training. Layers that draw random numbers, such
+        as dropout, will differ.
       channels_first: the numbers of dimensions of those arrays that have their channels first in
         PyTorch and last in Flax. Add 3 for one-dimensional convolutions.
       rtol: the largest relative error that counts as equal. Errors are relative to the largest

@@ -144,8 +144,8 @@ def measure(
     Args:
       stage, name: see `Row`.
       candidate, reference: the two arrays.
-      magnitude: what errors are relative to; broadcasts against the arrays. By default, and where
-        it is zero, it is the largest magnitude of the reference, or one if that is zero.
+      magnitude: what errors are relative to; broadcasts against the arrays. By default, and
+        wherever it is zero, it is the largest magnitude of the reference, or one if that is zero.
     """
     candidate, reference = np.asarray(candidate), np.asarray(reference)
     if candidate.shape != reference.shape:

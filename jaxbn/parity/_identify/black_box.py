@@ -19,8 +19,8 @@ class ConventionError(ValueError):
     Attributes:
       probe: which part of the layer does not fit, such as "running mean" or "evaluation".
       reason: what was measured there, and what would fit.
-      found: what is known of the convention. If the layer is understood but cannot be expressed, it
-        holds all four keywords and the properties for which `batch_norm` has no keyword.
+      found: what is known about the convention. If the layer is understood but cannot be expressed,
+        it holds all four keywords and the properties for which `batch_norm` has no keyword.
     """
 
     def __init__(self, probe: str, reason: str, found: Mapping[str, Any]):
@@ -38,7 +38,7 @@ class BlackBox:
     Attributes:
       probe: the part of the convention that is being probed; errors name it.
       steps: how many training steps the layer has made here.
-      found: what is known of the convention so far.
+      found: what is known about the convention so far.
     """
 
     def __init__(self, layer: Layer, num_features: int):

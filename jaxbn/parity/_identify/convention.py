@@ -21,7 +21,8 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
     The layer is called as a black box: about a hundred training steps on batches made for the
     purpose, and some evaluations, show how it averages, which variances it uses and what it adds to
     them. Finally, the convention has to predict the layer's outputs and statistics on batches that
-    it was not derived from. All this trains the layer, so pass a copy of one that you need.
+    it was not derived from. All this trains the layer, so pass a copy of a layer that you still
+    need.
 
     Args:
       layer: anything with `train(x) -> y` (one training step), `evaluate(x) -> y` and
@@ -150,8 +151,8 @@ def _is_normalized(
     rounding = 1e-5 * np.abs(normalization.bias) + 2e-6 * np.abs(slope) * (np.abs(x) + np.abs(mean))
     # The fitted bias is the mean of outputs scale * x_hat + bias with x_hat close to -1 and 1. All
     # roundings before the sum are odd in x_hat and cancel. The rounding of the sum is at most half
-    # a last place, 2^-24 (|scale| + |bias|). As much again is for a batch mean that is not exactly
-    # zero, as when it is updated value by value. The line above has the share of the bias.
+    # a last place, 2^-24 (|scale| + |bias|). The same amount again allows for a batch mean that is
+    # not exactly zero, as when it is updated value by value. The line above covers the bias term.
     rounding += np.finfo(np.float32).eps * np.abs(normalization.scale)
     return bool(
         (np.abs(y - expected) <= uncertain * np.abs(slope * (x - mean)) + rounding + 1e-30).all()

@@ -151,7 +151,7 @@ def _find_epsilon(box: BlackBox, variances: np.ndarray, relative: np.ndarray) ->
 def shrink_running_variance(box: BlackBox, epsilon: float) -> None:
     """Train on batches of almost no variance, until epsilon shows in evaluation.
 
-    A layer with a momentum near 1 may not get there; after a fixed number of steps this stops.
+    This stops after a fixed number of steps, which may not be enough for a momentum near 1.
     """
     x = probe_batch(BATCH_SIZES[-1], 0, _TINY_DEVIATION, box.num_features)
     for _ in range(_SHRINKING_STEPS):

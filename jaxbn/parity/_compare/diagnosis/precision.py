@@ -39,7 +39,7 @@ def _cancellation(
     largest = max(loss for loss, _ in worst)
     if largest == 0:
         return []
-    # Both may have lost digits. A layer that lost a hundredth as many is not the cause.
+    # Both may have lost digits. A layer that lost only a hundredth as much is not the cause.
     roles = [role for role, (loss, _) in zip(ROLES, worst, strict=True) if loss * 100 > largest]
     distance = max(worst)[1]
     text = f"variance lost to cancellation: mean {distance:.3g} deviations from zero"
