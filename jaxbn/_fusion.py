@@ -1,6 +1,6 @@
 """Workarounds for XLA's compilers, so that each of them reads a batch as few times as possible.
 
-Only this module depends on the platform. docs/performance.md counts what each workaround gains.
+Only this module depends on the platform. docs/performance.md has the counts with them.
 """
 
 from collections.abc import Callable
