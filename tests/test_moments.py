@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxbn import _separate_readings
-from jaxbn._moments import Moments, moments
+from jaxbn._moments import Moments, moments, statistics_dtype
 from jaxbn._shift import FRACTION
 from tests import forms, oracle
 
@@ -19,7 +19,7 @@ LONG = np.longdouble
 def of_batch(x, mask=None, shift=None, dtype=None):
     """Return the moments over every axis but the last."""
     x = jnp.asarray(x, dtype)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(statistics_dtype(x.dtype))
     return moments(wide, mask, shift, x.dtype, tuple(range(x.ndim - 1)))
 
 

@@ -32,8 +32,6 @@ CONSTRUCTION = {
                        "batch_variance must be 'biased' or 'unbiased', got 'fast'."),
     "running_variance": (3, {"running_variance": None}, ValueError,
                          "running_variance must be 'biased' or 'unbiased', got None."),
-    "groups": (3, {"axis_index_groups": [[0, 1]]}, ValueError, "axis_index_groups=[[0, 1]] are "
-               "groups of an axis: axis_name must name it, got None."),
     "mode": (3, {"use_running_average": 1}, ValueError,
              "use_running_average must be a Python bool, got 1 of type int."),
 }  # fmt: skip

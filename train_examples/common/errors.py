@@ -14,13 +14,7 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """An error that the user can fix; its text says how.
-
-    Attributes:
-      status: the exit status of the command.
-    """
-
-    status = 1
+    """An error that the user can fix; its text says how."""
 
 
 def run_command(command: Callable[[], T], when_stopped: Callable[[], str] | None = None) -> T:
@@ -34,13 +28,12 @@ def run_command(command: Callable[[], T], when_stopped: Callable[[], str] | None
       What `command` returns.
 
     Raises:
-      SystemExit: with the status of a `UserError`, and 130 after Ctrl-C.
+      SystemExit: with status 1 after a `UserError`, and 130 after Ctrl-C.
     """
     try:
         return command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(f"stopped; {when_stopped()}" if when_stopped else "stopped.", file=sys.stderr)
         sys.exit(INTERRUPTED)

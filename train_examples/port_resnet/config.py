@@ -14,8 +14,6 @@ WIDTH = 64
 class WeightsError(UserError):
     """Raised for a state dict that cannot be read, or that does not fit the network."""
 
-    status = 2  # that of argparse for a wrong option
-
 
 @dataclass(frozen=True)
 class Config:
