@@ -17,15 +17,15 @@ HAIKU = "Haiku promotes the count of its moving averages."
 FLAX = "Flax promotes inputs of other dtypes than the parameters'."
 OPTAX = "Optax promotes the count of its steps."
 EXAMPLES = "The examples train with Optax, and take inputs of other dtypes than the parameters'."
-# Beginnings of the names of files in which a framework promotes, and what it promotes.
+# Modules, of tests or of doctests, in which a framework promotes, and what it promotes.
 PROMOTING = {
-    "test_adapters": HAIKU,
-    "test_calibrate": FLAX,
-    "test_convert": HAIKU,
+    **dict.fromkeys(("haiku", "test_adapters", "test_convert"), HAIKU),
+    **dict.fromkeys(("test_parity_command", "test_parity_frameworks"), HAIKU),
+    **dict.fromkeys(("test_calibrate", "test_calibrate_nnx", "test_fold_linen"), FLAX),
+    **dict.fromkeys(("_fold", "test_fold"), "Users add a bias of shape (C,) to a batch."),
     "test_decay_mask": OPTAX,
-    "test_fold": FLAX,
-    "test_inference": FLAX,
-    **dict.fromkeys(("test_data_parallel", "test_digits", "test_port_resnet"), EXAMPLES),
+    **dict.fromkeys(("test_data_parallel", "test_digits", "test_digits_teaching"), EXAMPLES),
+    **dict.fromkeys(("test_digits_storage", "test_fold_example", "test_port_resnet"), EXAMPLES),
     **dict.fromkeys(("test_questions", "test_recalibrate_example", "test_reliability"), EXAMPLES),
     "test_torch_twin": EXAMPLES,
 }
@@ -74,7 +74,7 @@ def promote(dtypes, ranks):
 @pytest.fixture(scope="module", autouse=True)
 def strict_promotion(request):
     """Forbid promotion, since what promotes would raise in programs of users who forbid it."""
-    if not request.path.stem.startswith(tuple(PROMOTING)):
+    if request.path.stem not in PROMOTING:
         promote("strict", "raise")
     yield
     promote("standard", "allow")
