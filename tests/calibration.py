@@ -30,13 +30,6 @@ def data(dtype="float32", shape=(N, 3, 4)):
     return x.astype(dtype)
 
 
-def assert_close(a, b, tolerance):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
-
-
 # Tracks the unbiased variance, which differs from the one that normalizes.
 Norm = partial(jaxbn.linen.BatchNorm, **jaxbn.PYTORCH)
 

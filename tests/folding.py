@@ -75,10 +75,3 @@ def of_layer(layer, shape, use_bias, dtype):
 def shapes(model, x):
     """Return the shapes of the model's variables."""
     return jax.eval_shape(model.init, jax.random.key(0), x)
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)

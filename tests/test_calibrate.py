@@ -23,12 +23,12 @@ from tests.calibration import (
     Norm,
     Rematerialized,
     Scanned,
-    assert_close,
     cut,
     data,
     initialized,
     one_step,
 )
+from tests.close import assert_close
 
 
 class Noisy(jaxbn.linen.BatchNorm):

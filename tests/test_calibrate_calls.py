@@ -16,7 +16,8 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn.calibrate import recalibrate
 from jaxbn.calibrate._batches import join, split
-from tests.calibration import TOLERANCE, Norm, assert_close, data
+from tests.calibration import TOLERANCE, Norm, data
+from tests.close import assert_close
 
 NAMES = ("entry", "cell", "exit")
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 import jaxbn.nnx
 from jaxbn.calibrate import recalibrate
-from tests.calibration import CUTS, TOLERANCE, assert_close, cut, data
+from tests.calibration import CUTS, TOLERANCE, cut, data
+from tests.close import assert_close
 
 
 class NNX(nnx.Module):

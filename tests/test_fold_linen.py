@@ -13,7 +13,8 @@ from flax.core import freeze
 import jaxbn
 import jaxbn.linen
 from jaxbn.inference import fold, fold_linen
-from tests.folding import EPSILON, HIGHEST, IN, OUT, assert_same, conv, lively_norm, shapes
+from tests.close import assert_equal
+from tests.folding import EPSILON, HIGHEST, IN, OUT, conv, lively_norm, shapes
 
 
 class Block(nn.Module):
@@ -112,7 +113,7 @@ class TestFoldLinen:
         given = freeze(variables) if frozen else variables
         before = jax.tree.map(np.array, variables)
         folded = fold_linen(given, pairs, epsilon=EPSILON)
-        assert_same(variables, before)
+        assert_equal(variables, before)
 
         without = Network(norm=False, use_bias=True)
         expected = Network().apply(variables, x)
@@ -148,11 +149,11 @@ class TestFoldLinen:
         one_by_one = variables
         for pair in PAIRS.items():
             one_by_one = fold_linen(one_by_one, iter([pair]), epsilon=EPSILON)
-        assert_same(both, one_by_one)
+        assert_equal(both, one_by_one)
 
     def test_no_pairs_change_nothing(self, network):
         variables, _ = network
-        assert_same(fold_linen(variables, {}), variables)
+        assert_equal(fold_linen(variables, {}), variables)
 
     def test_other_collections_are_kept_and_empty_ones_removed(self):
         params, state = lively_norm("float32")
@@ -193,10 +194,10 @@ class TestFoldLinen:
         variables = jax.tree.map(lambda v: jnp.asarray(rng.uniform(1, 2, v.shape)), variables)
         before = jax.tree.map(np.array, variables)
         folded = fold_linen(variables, {"Dense_0": "norm"})
-        assert_same(variables, before)
+        assert_equal(variables, before)
 
         got = folded["params"]["Dense_0"]
-        assert_same(
+        assert_equal(
             nn.meta.unbox(folded), fold_linen(nn.meta.unbox(variables), {"Dense_0": "norm"})
         )
         assert type(got["kernel"]) is nn.Partitioned and got["kernel"].names == (None, "model")
@@ -248,7 +249,7 @@ class TestFoldLinen:
         variables = {"params": {"up": {"kernel": kernel}, "bn": params}, "batch_stats": {}}
         variables["batch_stats"]["bn"] = state
         folded = fold_linen(variables, {"up": "bn"}, axis=-2)["params"]["up"]
-        assert_same(tuple(folded.values()), fold(kernel, None, params, state, axis=-2))
+        assert_equal(tuple(folded.values()), fold(kernel, None, params, state, axis=-2))
 
     @pytest.mark.parametrize(
         "pairs, message",

@@ -10,7 +10,8 @@ from flax.core import freeze
 import jaxbn.nnx
 from jaxbn.calibrate import merge
 from tests import oracle
-from tests.calibration import Chain, N, assert_close, cut, data, initialized
+from tests.calibration import Chain, N, cut, data, initialized
+from tests.close import assert_close
 
 
 def state_of(x, ddof, count=None):
