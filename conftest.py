@@ -1,5 +1,7 @@
+import ctypes
 import gc
 import os
+import sys
 import tempfile
 
 import jax
@@ -25,7 +27,8 @@ PROMOTING = {
     **dict.fromkeys(("_fold", "test_fold"), "Users add a bias of shape (C,) to a batch."),
     "test_decay_mask": OPTAX,
     **dict.fromkeys(("test_data_parallel", "test_digits", "test_digits_teaching"), EXAMPLES),
-    **dict.fromkeys(("test_digits_storage", "test_fold_example", "test_port_resnet"), EXAMPLES),
+    **dict.fromkeys(("test_digits_storage", "test_data_parallel_runs"), EXAMPLES),
+    **dict.fromkeys(("test_fold_example", "test_port_resnet"), EXAMPLES),
     **dict.fromkeys(("test_questions", "test_recalibrate_example", "test_reliability"), EXAMPLES),
     "test_torch_twin": EXAMPLES,
 }
@@ -53,6 +56,9 @@ def forgotten_programs():
     yield
     jax.clear_caches()
     gc.collect()
+    if sys.platform == "linux":
+        # The C library keeps what is freed, for later use that may not come.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def moments_of(platform: str, shift: jax.Array | None, x: jax.Array) -> Moments:
 FORMS: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
     "sums about zero": lambda x, s: sums(x, jnp.zeros_like(s)),
     "sums about a shift, as they stand": sums,
-    "separate sums about a shift (in use in the loop of a CPU)": separate_sums,
+    "sums about a shift, separate (in use in the loop of a CPU)": separate_sums,
     "sums of examples, then about a shift, separate (in use on a CPU)": sums_of_examples,
     "sums about a shift, of a complex pair": sum_of_pairs,
     "sums about a shift, a variadic reduce": reduction_of_two,
