@@ -6,9 +6,7 @@ import pytest
 
 import jaxbn
 import jaxbn.linen
-
-X = np.zeros((8, 3), np.float32)
-MEAN_VAR = {"mean": np.zeros(3, np.float32), "var": np.ones(3, np.float32)}
+from tests.bad_calls import MEAN_VAR, X, assert_refused
 
 # name: (what differs from a good call, the exception, its whole text)
 CASES = {
@@ -227,12 +225,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_batch_norm(name):
-    changes, exception, text = CASES[name]
-    call = {"params": {}, "state": MEAN_VAR, "x": X, "train": True} | changes
-    positional = [call.pop(k) for k in ("params", "state", "x", "train")]
-    with pytest.raises(exception) as caught:
-        jaxbn.batch_norm(*positional, **call)
-    assert str(caught.value) == text
+    assert_refused(*CASES[name])
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32", "int64"])

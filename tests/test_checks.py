@@ -7,9 +7,7 @@ import pytest
 
 import jaxbn
 import jaxbn.linen
-
-X = np.zeros((8, 3), np.float32)
-MEAN_VAR = {"mean": np.zeros(3, np.float32), "var": np.ones(3, np.float32)}
+from tests.bad_calls import MEAN_VAR, X, assert_refused
 
 # dtypes that JAX has and that nothing can be normalized in
 UNUSABLE = {
@@ -189,12 +187,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_batch_norm(name):
-    changes, exception, text = CASES[name]
-    call = {"params": {}, "state": MEAN_VAR, "x": X, "train": True} | changes
-    positional = [call.pop(k) for k in ("params", "state", "x", "train")]
-    with pytest.raises(exception) as caught:
-        jaxbn.batch_norm(*positional, **call)
-    assert str(caught.value) == text
+    assert_refused(*CASES[name])
 
 
 def test_traced_train():

@@ -57,8 +57,8 @@ def merge(
 
     Raises:
       TypeError: `states` or `counts` is not a list.
-      ValueError: there is no state, or their number differs from that of the counts; states differ
-        in structure or shapes, or hold NaN or infinity; a count is negative or not an integer; the
+      ValueError: `states` is empty, or its length differs from that of `counts`; states differ in
+        structure or shapes, or hold NaN or infinity; a count is negative or not an integer; the
         counts of a layer add up to 0, or to 1 where the variance is unbiased; the sum of `count`
         exceeds its dtype.
 

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxbn.calibrate._observe import PerCall, observable
+from jaxbn.calibrate._observable import observable
+from jaxbn.calibrate._observe import PerCall
 from jaxbn.calibrate._passes import exact_statistics
 from jaxbn.calibrate._statistics import (
     Statistics,
