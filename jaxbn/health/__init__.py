@@ -1,0 +1,1 @@
+"""Say what is wrong with the batch norms of a model."""

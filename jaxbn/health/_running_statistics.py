@@ -1,0 +1,43 @@
+"""What the running statistics of a layer say by themselves, without data."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxbn.health._finding import Finding
+
+
+def impossible_values(path: str, mean: np.ndarray, var: np.ndarray) -> Iterator[Finding]:
+    """Yield a finding for values that are not finite, and one for variances below zero."""
+    for name, value in (("mean", mean), ("variance", var)):
+        bad = ~np.isfinite(value)
+        if np.any(bad):
+            yield Finding(
+                path,
+                "non-finite",
+                f"The running {name} of {_features(bad)} is not finite. A batch held NaN or "
+                f"infinity, which running averages never forget: load or recalibrate the "
+                f"statistics (jaxbn.calibrate.recalibrate), and train with jaxbn.keep_finite.",
+            )
+    negative = var < 0
+    if np.any(negative):
+        yield Finding(
+            path,
+            "negative-variance",
+            f"The running variance of {_features(negative)} is negative, {np.nanmin(var):.3g} at "
+            f"the lowest. No data has such a variance: it was computed as E[x^2] - E[x]^2, which "
+            f"cancels far from zero, or the statistics were averaged or loaded wrongly. "
+            f"Recalibrate them (jaxbn.calibrate.recalibrate).",
+        )
+
+
+def as_initialized(mean: np.ndarray, var: np.ndarray) -> bool:
+    """Return whether all means are 0 and all variances 1, as initialization makes them."""
+    return bool(np.all(mean == 0) and np.all(var == 1))
+
+
+def _features(which: np.ndarray) -> str:
+    """Return how many features are meant, and the index of the first."""
+    first = np.argwhere(which)[0].tolist()
+    index = first[0] if len(first) == 1 else tuple(first)
+    return f"{np.count_nonzero(which)} of {which.size} features (the first: {index})"
