@@ -21,7 +21,7 @@ def checked_options(layer: Any) -> dict[str, Any]:
     options.check()
     if layer.use_running_average is not None:
         _checks.python_bool("use_running_average", layer.use_running_average)
-    for name in ("use_bias", "use_scale"):
+    for name in ("use_bias", "use_scale", "frozen", "track"):
         _checks.python_bool(name, getattr(layer, name))
     if layer.dtype is not None:
         _checks.floating_dtype("dtype", layer.dtype)

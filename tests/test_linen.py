@@ -124,7 +124,7 @@ class TestAgainstFlax:
         """All arguments of Flax, in its order and with its defaults, precede ours."""
         flax = inspect.signature(nn.BatchNorm).parameters
         here = inspect.signature(ours).parameters
-        added = ["batch_variance", "running_variance", "virtual_batch_size"]
+        added = ["batch_variance", "running_variance", "virtual_batch_size", "frozen", "track"]
         of_modules = ["parent", "name"]
         assert list(here) == [k for k in flax if k not in of_modules] + added + of_modules
         for name in flax:
@@ -214,7 +214,7 @@ def test_batch_stats_must_be_mutable_in_training():
     assert raised.value.__notes__[0] == (
         "In training, BatchNorm updates its running statistics: call `y, updates = "
         "model.apply(variables, x, ..., mutable=['batch_stats'])`, or pass "
-        "use_running_average=True to use them unchanged."
+        "use_running_average=True to use them unchanged. With track=False they are not updated."
     )
 
 

@@ -111,7 +111,7 @@ class TestAgainstFlax:
         """All arguments of Flax, in its order and with its defaults, precede ours."""
         flax = inspect.signature(nnx.BatchNorm.__init__).parameters
         here = inspect.signature(jaxbn.nnx.BatchNorm.__init__).parameters
-        added = ["batch_variance", "running_variance", "virtual_batch_size"]
+        added = ["batch_variance", "running_variance", "virtual_batch_size", "frozen", "track"]
         assert [*flax, *added] == list(here)
         for name in flax:
             assert (here[name].default, here[name].kind) == (flax[name].default, flax[name].kind)

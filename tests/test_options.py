@@ -34,6 +34,8 @@ BAD = {
     "use_scale": [
         (None, ValueError, "use_scale must be a Python bool, got None of type NoneType."),
     ],
+    "frozen": [(1, ValueError, "frozen must be a Python bool, got 1 of type int.")],
+    "track": [("no", ValueError, "track must be a Python bool, got 'no' of type str.")],
     "bias_init": [(0, TypeError, "bias_init must be a function, got 0.")],
     "scale_init": [(0, TypeError, "scale_init must be a function, got 0.")],
     "axis_name": [

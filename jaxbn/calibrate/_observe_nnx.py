@@ -10,7 +10,7 @@ from jaxbn.calibrate import _observe
 from jaxbn.calibrate._batches import arguments
 from jaxbn.calibrate._normalize import normalize
 from jaxbn.calibrate._observe import OBSERVED, PRESCRIBED, CallMoments, PerCall
-from jaxbn.nnx import BatchNorm, promoted
+from jaxbn.nnx._batch_norm import BatchNorm, promoted
 
 _BATCH_NORMS = (BatchNorm, nnx.BatchNorm)
 

@@ -15,8 +15,6 @@ from jaxbn._batch_norm import batch_norm
 from jaxbn._init import init
 from jaxbn._running import Estimator
 
-__all__ = ["BatchNorm"]
-
 # Initialization needs neither the devices nor more than one value.
 _INITIALIZING = {
     "batch_variance": "biased",
@@ -67,6 +65,12 @@ class BatchNorm(nn.Module):
       running_variance: the estimator that is tracked.
       virtual_batch_size: normalizes each group of this many examples with that group's own
         statistics, as `jaxbn.batch_norm` describes.
+      frozen: whether the running statistics are always used and never updated, as in evaluation,
+        regardless of `use_running_average`, which need not be given then. `scale`, `bias` and the
+        input get the gradients of evaluation.
+      track: whether training updates the running statistics. Without it, training normalizes with
+        the statistics of the batch as usual, and `batch_stats` need not be mutable. Use it for
+        further passes over a batch, as in sharpness-aware minimization or adversarial training.
 
     Example:
       >>> import jax, jaxbn.linen
@@ -96,6 +100,8 @@ class BatchNorm(nn.Module):
     batch_variance: Estimator = "biased"
     running_variance: Estimator = "biased"
     virtual_batch_size: int | None = None
+    frozen: bool = False
+    track: bool = True
 
     @nn.compact
     def __call__(
@@ -110,7 +116,8 @@ class BatchNorm(nn.Module):
         Args:
           x: the input, with features on `axis`. As in Flax, integers and booleans are converted to
             floating numbers.
-          use_running_average: see the attribute; exactly one of the two must be given.
+          use_running_average: see the attribute; exactly one of the two must be given, unless the
+            layer is `frozen`.
           mask: an array that broadcasts against `x`, True or nonzero where a value counts.
             Masked-out values affect nothing, and the output there is `bias`.
 
@@ -121,11 +128,11 @@ class BatchNorm(nn.Module):
           ValueError, TypeError: an option or an argument is invalid, as for `jaxbn.batch_norm`.
           flax.errors.ModifyScopeVariableError: `batch_stats` is not mutable in training.
         """
-        use_running_average = _checks.python_bool(
+        options = _layers.checked_options(self)
+        train = not self.frozen and not _checks.python_bool(
             "use_running_average",
             nn.merge_param("use_running_average", self.use_running_average, use_running_average),
         )
-        options = _layers.checked_options(self)
         given, x = x, _layers.floating_input(x, self.dtype)
         feature_axes = _call_checks.feature_axes(self.axis, x.shape)
         features = tuple(x.shape[a] for a in feature_axes)
@@ -151,13 +158,13 @@ class BatchNorm(nn.Module):
 
         options["mask"] = _layers.boolean_mask(mask)
         options["dtype"] = canonicalize_dtype(given, *params.values(), dtype=self.dtype)
-        if self.is_initializing() and not use_running_average:
+        if self.is_initializing() and train:
             # Only the shape and the dtype of the output matter, so any batch of one device will do.
             options |= _INITIALIZING
             return batch_norm(params, None, x, True, **options)[0]
         state = {name: stat.value for name, stat in stats.items()}
-        y, state = batch_norm(params, state, x, not use_running_average, **options)
-        if not use_running_average:
+        y, state = batch_norm(params, state, x, train, **options)
+        if train and self.track:
             _assign(stats, state)
         return y
 
@@ -170,6 +177,6 @@ def _assign(stats: Mapping[str, nn.Variable], state: Mapping[str, jax.Array]) ->
         error.add_note(
             "In training, BatchNorm updates its running statistics: call "
             "`y, updates = model.apply(variables, x, ..., mutable=['batch_stats'])`, or pass "
-            "use_running_average=True to use them unchanged."
+            "use_running_average=True to use them unchanged. With track=False they are not updated."
         )
         raise

@@ -17,8 +17,6 @@ from jaxbn._batch_norm import batch_norm
 from jaxbn._init import init
 from jaxbn._running import Estimator
 
-__all__ = ["BatchNorm"]
-
 
 class BatchNorm(nnx.Module):
     """Normalize a batch as `jaxbn.batch_norm` does, in a Flax NNX model.
@@ -33,11 +31,6 @@ class BatchNorm(nnx.Module):
     the mask in evaluation. A batch in which no value counts leaves the statistics unchanged, and no
     gradient flows into updated statistics. `epsilon=0` in training and a traced
     `use_running_average` are rejected. Complex inputs are not supported.
-
-    To freeze a layer within a model that trains, set `use_running_average=True`: its running
-    statistics are used and not updated, and `scale`, `bias` and the input get the gradients of
-    evaluation. `model.train()` reaches every layer, so call `model.norm.eval()` after it, or pass
-    the argument in the call.
 
     Attributes:
       num_features: the size of the feature axis, or the sizes of several, in the input's order.
@@ -70,6 +63,13 @@ class BatchNorm(nnx.Module):
       running_variance: the estimator that is tracked.
       virtual_batch_size: normalizes each group of this many examples with that group's own
         statistics, as `jaxbn.batch_norm` describes.
+      frozen: whether the running statistics are always used and never updated, as in evaluation,
+        regardless of `use_running_average`, and so of `train()`. `scale`, `bias` and the input get
+        the gradients of evaluation.
+      track: whether training updates the running statistics. Without it, training normalizes with
+        the statistics of the batch as usual. Use it for further passes over a batch, as in
+        sharpness-aware minimization or adversarial training: `nnx.view(model, track=False)` is
+        the same model without tracking.
 
     The constructor also takes `rngs`, the source of the initializers' keys, and `bias_metadata` and
     `scale_metadata`, metadata of the two parameters such as names for sharding.
@@ -114,25 +114,29 @@ class BatchNorm(nnx.Module):
         batch_variance: Estimator = "biased",
         running_variance: Estimator = "biased",
         virtual_batch_size: int | None = None,
+        frozen: bool = False,
+        track: bool = True,
     ):
         _checks.function("promote_dtype", promote_dtype)
         # Attributes that are not variables are part of the graph definition, which is hashed.
-        self.num_features = _hashable(num_features)
+        self.num_features = hashable(num_features)
         self.use_running_average = use_running_average
-        self.axis = _hashable(axis)
+        self.axis = hashable(axis)
         self.momentum = momentum
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
-        self.axis_name = _hashable(axis_name)
-        self.axis_index_groups = _hashable(axis_index_groups)
+        self.axis_name = hashable(axis_name)
+        self.axis_index_groups = hashable(axis_index_groups)
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
         self.batch_variance: Estimator = batch_variance
         self.running_variance: Estimator = running_variance
         self.virtual_batch_size = virtual_batch_size
+        self.frozen = frozen
+        self.track = track
         _layers.checked_options(self)
         features = _sizes(num_features, axis)
 
@@ -180,14 +184,8 @@ class BatchNorm(nnx.Module):
         Raises:
           ValueError, TypeError: an argument is invalid, as for `jaxbn.batch_norm`.
         """
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        if use_running_average is None:
-            raise ValueError(
-                "use_running_average must be True (evaluation) or False (training), got None: give "
-                "it to BatchNorm or to the call, or set it with train(), eval() or nnx.view."
-            )
-        use_running_average = _checks.python_bool("use_running_average", use_running_average)
+        options = _layers.checked_options(self)
+        train = not self.frozen and not _given_mode(use_running_average, self.use_running_average)
         shape = _layers.floating_input(x, self.dtype).shape
         features = tuple(shape[a] for a in _call_checks.feature_axes(self.axis, shape))
         if features != _sizes(self.num_features, self.axis):
@@ -205,25 +203,46 @@ class BatchNorm(nnx.Module):
         (x, mean, var, scale, bias), dtype = promoted(
             self, x, state["mean"], state["var"], scale, bias
         )
-        if use_running_average:
+        if not train:
             state = {"mean": mean, "var": var}
         params = {k: v for k, v in {"scale": scale, "bias": bias}.items() if v is not None}
-        options = _layers.checked_options(self)
         options |= {"mask": _layers.boolean_mask(mask), "dtype": dtype}
-        y, state = batch_norm(params, state, x, not use_running_average, **options)
-        if not use_running_average:
+        y, state = batch_norm(params, state, x, train, **options)
+        if train and self.track:
             for name, stat in stats.items():
                 stat.set_value(state[name])
         return y
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        frozen: bool | None = None,
+        track: bool | None = None,
+    ) -> None:
         """Set the options that `nnx.view` passes.
 
         Args:
           use_running_average: see the attribute; None leaves it unchanged.
+          frozen: see the attribute; None leaves it unchanged.
+          track: see the attribute; None leaves it unchanged.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        if frozen is not None:
+            self.frozen = frozen
+        if track is not None:
+            self.track = track
+
+
+def _given_mode(of_call: bool | None, of_layer: bool | None) -> bool:
+    """Return the `use_running_average` of a call or, without one, of its layer."""
+    use_running_average = of_layer if of_call is None else of_call
+    if use_running_average is None:
+        raise ValueError(
+            "use_running_average must be True (evaluation) or False (training), got None: give "
+            "it to BatchNorm or to the call, or set it with train(), eval() or nnx.view."
+        )
+    return _checks.python_bool("use_running_average", use_running_average)
 
 
 def promoted(
@@ -267,5 +286,5 @@ def _sizes(num_features: int | Sequence[int], axis: int | Sequence[int]) -> tupl
     return sizes
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value
+def hashable(value: Any) -> Any:
+    return tuple(hashable(v) for v in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,90 @@
+"""Rules that change the options of the batch norms of a model."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxbn import _checks
+from jaxbn._conventions import FLAX
+from jaxbn._options import Options
+from jaxbn._patterns import matches
+
+# The options of this library's layers that Flax's layers lack, with their defaults.
+FLAX_LACKS: Mapping[str, Any] = {
+    "batch_variance": "biased",
+    "running_variance": "biased",
+    "virtual_batch_size": None,
+    "frozen": False,
+    "track": True,
+}
+# What a rule may change. The other options determine shapes, or belong to the model's code.
+_CHANGEABLE = ("frozen", "track", *(name for name in Options._fields if name != "axis"))
+# A layer that each rule has to fit. It has a mapped axis, so that a rule may give it only groups.
+_ANY_LAYER = {
+    "axis": -1,
+    **FLAX,
+    "axis_name": "devices",
+    "axis_index_groups": None,
+    "virtual_batch_size": None,
+}
+
+
+class Rules:
+    """Options by patterns over the paths of layers. Later rules win."""
+
+    def __init__(self, rules: Any):
+        _checks.mapping("rules", rules, advice='; for example {"backbone/**": {"frozen": True}}')
+        for pattern, options in rules.items():
+            _check(pattern, options)
+        self._rules = {pattern: dict(options) for pattern, options in rules.items()}
+
+    def options(self, path: str) -> dict[str, Any]:
+        """Return the options that the rules give to the layer at `path`."""
+        options: dict[str, Any] = {}
+        for pattern, given in self._rules.items():
+            if matches(pattern, path):
+                options |= given
+        return options
+
+    def check_matched(self, paths: Collection[str]) -> None:
+        """Check that every pattern matches one of the paths of the model's batch norms."""
+        for pattern in self._rules:
+            if not any(matches(pattern, path) for path in paths):
+                having = ", ".join(map(repr, paths)) if paths else "none"
+                raise ValueError(
+                    f"rules must have patterns that match a batch norm of the model, got "
+                    f"{pattern!r}. The paths of its batch norms: {having}."
+                )
+
+
+class Overridden:
+    """A layer, of this library or of Flax, as it would be with other options."""
+
+    def __init__(self, layer: Any, options: Mapping[str, Any]):
+        self._layer, self._options = layer, options
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._options:
+            return self._options[name]
+        if name in FLAX_LACKS:
+            return getattr(self._layer, name, FLAX_LACKS[name])
+        return getattr(self._layer, name)
+
+
+def _check(pattern: Any, options: Any) -> None:
+    """Check that a rule is valid for some layer."""
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"rules must map patterns over paths, such as 'backbone/**', to options, got the "
+            f"pattern {pattern!r} of type {type(pattern).__name__}."
+        )
+    _checks.mapping(f"rules[{pattern!r}]", options, advice='; for example {"frozen": True}')
+    if unknown := [name for name in options if name not in _CHANGEABLE]:
+        raise ValueError(
+            f"rules[{pattern!r}] may have the options {', '.join(map(repr, _CHANGEABLE))}; got "
+            f"{', '.join(map(repr, unknown))}."
+        )
+    for name in ("frozen", "track"):
+        if name in options:
+            _checks.python_bool(name, options[name])
+    values = _ANY_LAYER | dict(options)
+    Options(*(values[name] for name in Options._fields)).check()

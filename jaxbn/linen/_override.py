@@ -1,0 +1,101 @@
+"""Other options for the batch norms of a Linen model, without a change of its code."""
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import unwrap
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict
+
+from jaxbn._patterns import as_text
+from jaxbn._rules import Overridden, Rules
+from jaxbn.linen._batch_norm import BatchNorm
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_BATCH_NORM_CALLS = [unwrap(layer.__call__) for layer in (BatchNorm, nn.BatchNorm)]
+# The rules in force, those of the outermost `override` last. What `jit` has traced under one value
+# is not used under another, so that functions inside the model that are compiled, such as those of
+# `nn.jit`, are traced for each.
+_ACTIVE = jax.make_user_context(())
+
+
+def override(fn: Function, rules: Mapping[str, Mapping[str, Any]]) -> Function:
+    """Return `model.apply` or `model.init` with other options for the model's batch norms.
+
+    The model's code, its variables and its checkpoints stay the same. A batch norm that a rule
+    matches is computed as `jaxbn.linen.BatchNorm` does, also if it is Flax's own or of a class
+    derived from either, with the options that it had, except for those that the rule changes. Other
+    batch norms are unchanged.
+
+    It works under `jit` and other transforms, around the model and inside it (`nn.jit`, `nn.remat`,
+    `nn.scan`, `nn.vmap`). The result is a new function, so `jax.jit` does not confuse it with `fn`.
+    To stack rules, override the result again; the later rules win.
+
+    Args:
+      fn: `model.apply`, `model.init` or another function that runs a Linen model.
+      rules: a mapping from patterns to options. A pattern matches paths of layers in `batch_stats`,
+        such as "backbone/BatchNorm_0": "*" stands for any characters of a name, "**" for any number
+        of names, including none. The options are a mapping with any of `frozen`, `track`,
+        `momentum`, `epsilon`, `axis_name`, `axis_index_groups`, `virtual_batch_size`,
+        `batch_variance` and `running_variance`, as `jaxbn.linen.BatchNorm` has them. If several
+        rules match a layer, the later ones win.
+
+    Returns:
+      A function of the signature of `fn`. It raises ValueError if a pattern matches neither a batch
+      norm that it calls, nor one that has statistics in the variables that are passed to it.
+
+    Raises:
+      TypeError: `fn` is not a function, or `rules` is not a mapping of strings to mappings.
+      ValueError: an option is unknown or has an invalid value.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen
+      >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (64, 4))
+      >>> model = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=False)])
+      >>> variables = model.init(jax.random.key(1), x)
+      >>> apply = jaxbn.linen.override(model.apply, {"**": {"frozen": True}})
+      >>> y, updates = apply(variables, x, mutable=["batch_stats"])
+      >>> print(updates["batch_stats"]["layers_1"]["mean"])
+      [0. 0. 0. 0. 0. 0. 0. 0.]
+    """
+    if isinstance(fn, nn.Module) or not callable(fn):
+        raise TypeError(
+            f"fn must be a function that runs a Linen model, such as model.apply, got "
+            f"{type(fn).__name__}."
+        )
+    checked_rules = Rules(rules)
+    called: set[str] = set()
+
+    @wraps(fn)
+    def overridden(*args, **kwargs):
+        active = (checked_rules, *_ACTIVE.value)
+
+        def interceptor(next_fun, args, kwargs, context):
+            # A layer of a derived class is intercepted where it calls its base class.
+            if unwrap(context.orig_method.func) not in _BATCH_NORM_CALLS:
+                return next_fun(*args, **kwargs)
+            path = as_text(context.module.path)
+            called.add(path)
+            options = {k: v for rules in active for k, v in rules.options(path).items()}
+            if not options:
+                return next_fun(*args, **kwargs)
+            return unwrap(BatchNorm.__call__)(Overridden(context.module, options), *args, **kwargs)
+
+        with _ACTIVE(active), nn.intercept_methods(interceptor):
+            result = fn(*args, **kwargs)
+        variables = args[0] if args else kwargs.get("variables")
+        checked_rules.check_matched(sorted(called | _paths_of_statistics(variables)))
+        return result
+
+    return overridden  # type: ignore[return-value]
+
+
+def _paths_of_statistics(variables: Any) -> set[str]:
+    """Return the paths of the layers that have running statistics in the variables of a model."""
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("batch_stats"), Mapping):
+        return set()
+    statistics = flatten_dict(variables["batch_stats"])
+    return {as_text(path[:-1]) for path in statistics if path[-1] == "mean"}
