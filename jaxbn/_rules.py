@@ -1,6 +1,6 @@
 """Rules that change the options of the batch norms of a model."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxbn import _checks
@@ -29,13 +29,18 @@ _ANY_LAYER = {
 
 
 class Rules:
-    """Options by patterns over the paths of layers. Later rules win."""
+    """Options by patterns over the paths of layers. Later rules win.
+
+    Attributes:
+      paths: the paths of the model's batch norms, as far as they are known.
+    """
 
     def __init__(self, rules: Any):
         _checks.mapping("rules", rules, advice='; for example {"backbone/**": {"frozen": True}}')
         for pattern, options in rules.items():
             _check(pattern, options)
         self._rules = {pattern: dict(options) for pattern, options in rules.items()}
+        self.paths: set[str] = set()
 
     def options(self, path: str) -> dict[str, Any]:
         """Return the options that the rules give to the layer at `path`."""
@@ -45,11 +50,11 @@ class Rules:
                 options |= given
         return options
 
-    def check_matched(self, paths: Collection[str]) -> None:
-        """Check that every pattern matches one of the paths of the model's batch norms."""
+    def check_matched(self) -> None:
+        """Check that every pattern matches one of `paths`."""
         for pattern in self._rules:
-            if not any(matches(pattern, path) for path in paths):
-                having = ", ".join(map(repr, paths)) if paths else "none"
+            if not any(matches(pattern, path) for path in self.paths):
+                having = ", ".join(map(repr, sorted(self.paths))) or "none"
                 raise ValueError(
                     f"rules must have patterns that match a batch norm of the model, got "
                     f"{pattern!r}. The paths of its batch norms: {having}."

@@ -67,30 +67,31 @@ def override(fn: Function, rules: Mapping[str, Mapping[str, Any]]) -> Function:
             f"{type(fn).__name__}."
         )
     checked_rules = Rules(rules)
-    called: set[str] = set()
 
     @wraps(fn)
     def overridden(*args, **kwargs):
-        active = (checked_rules, *_ACTIVE.value)
-
-        def interceptor(next_fun, args, kwargs, context):
-            # A layer of a derived class is intercepted where it calls its base class.
-            if unwrap(context.orig_method.func) not in _BATCH_NORM_CALLS:
-                return next_fun(*args, **kwargs)
-            path = as_text(context.module.path)
-            called.add(path)
-            options = {k: v for rules in active for k, v in rules.options(path).items()}
-            if not options:
-                return next_fun(*args, **kwargs)
-            return unwrap(BatchNorm.__call__)(Overridden(context.module, options), *args, **kwargs)
-
-        with _ACTIVE(active), nn.intercept_methods(interceptor):
+        checked_rules.paths |= _paths_of_statistics(args[0] if args else kwargs.get("variables"))
+        with _ACTIVE((checked_rules, *_ACTIVE.value)), nn.intercept_methods(_call_with_rules):
             result = fn(*args, **kwargs)
-        variables = args[0] if args else kwargs.get("variables")
-        checked_rules.check_matched(sorted(called | _paths_of_statistics(variables)))
+        checked_rules.check_matched()
         return result
 
     return overridden  # type: ignore[return-value]
+
+
+def _call_with_rules(next_fun, args, kwargs, context):
+    """Call a method of a module, and if it is that of a batch norm, with the rules in force."""
+    # A layer of a derived class is intercepted where it calls its base class.
+    if unwrap(context.orig_method.func) not in _BATCH_NORM_CALLS:
+        return next_fun(*args, **kwargs)
+    path = as_text(context.module.path)
+    options: dict[str, Any] = {}
+    for rules in _ACTIVE.value:
+        rules.paths.add(path)
+        options |= rules.options(path)
+    if not options:
+        return next_fun(*args, **kwargs)
+    return unwrap(BatchNorm.__call__)(Overridden(context.module, options), *args, **kwargs)
 
 
 def _paths_of_statistics(variables: Any) -> set[str]:

@@ -57,7 +57,8 @@ def override(model: nnx.Module, rules: Mapping[str, Mapping[str, Any]]) -> None:
         for path, node in nnx.iter_graph(model)
         if isinstance(node, BatchNorm | nnx.BatchNorm)
     }
-    checked_rules.check_matched(layers)
+    checked_rules.paths.update(layers)
+    checked_rules.check_matched()
     changes = {path: checked_rules.options(path) for path in layers}
     for path, options in changes.items():
         if options:

@@ -1,0 +1,274 @@
+"""`jaxbn.linen.override` equals a model that is written with the options in place."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import jaxbn.linen
+from jaxbn._rules import FLAX_LACKS
+from tests.close import assert_close, assert_equal
+from tests.linen_models import (
+    MODELS,
+    Compiled,
+    Nested,
+    Shared,
+    data,
+    derived,
+    initialized,
+    train_step,
+)
+from tests.raises import raises
+
+override = jaxbn.linen.override
+OPTIONS = [
+    {"frozen": True},
+    {"track": False},
+    {"momentum": 0.5, "epsilon": 0.1, "running_variance": "unbiased", "virtual_batch_size": 8},
+]
+
+
+NOT_MATCHED = (
+    "rules must have patterns that match a batch norm of the model, got {}. The paths of its batch "
+    "norms: {}."
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize("make", MODELS)
+def test_equals_the_model_with_the_options_in_place(make, options):
+    """Bit for bit, as both are the same program: outputs, statistics and gradients."""
+    theirs, ours = make(nn.BatchNorm), make(partial(jaxbn.linen.BatchNorm, **options))
+    x, variables = data(), initialized(theirs)
+    # Traced before, so that what is compiled inside the model could be mistaken for the new one.
+    before = train_step(theirs.apply, variables, x)
+    overridden = override(theirs.apply, {"**": options})
+    assert_equal(train_step(overridden, variables, x), train_step(ours.apply, variables, x))
+    evaluate = partial(jax.jit, static_argnums=2)
+    assert_equal(
+        evaluate(overridden)(variables, x, False), evaluate(ours.apply)(variables, x, False)
+    )
+    assert_equal(train_step(theirs.apply, variables, x), before)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_variables_do_not_change(make):
+    model, rules = make(nn.BatchNorm), {"**": {"frozen": True, "epsilon": 0.1}}
+    init = override(model.init, rules)
+    assert_equal(init(jax.random.key(0), data(), True), model.init(jax.random.key(0), data(), True))
+
+
+@pytest.mark.usefixtures("x64")
+def test_frozen_statistics_stay_and_gradients_are_those_of_evaluation():
+    model = Nested(nn.BatchNorm)
+    x, variables = jax.tree.map(lambda v: v.astype(jnp.float64), (data(), initialized(model)))
+    apply = override(model.apply, {"**": {"frozen": True}})
+    (dparams, dx), (y, updates) = train_step(apply, variables, x)
+    assert_equal(updates["batch_stats"], variables["batch_stats"])
+
+    def loss(params, x):
+        y = model.apply({**variables, "params": params}, x, False)
+        return jnp.sum(jnp.sin(y)), y
+
+    (wanted_dparams, wanted_dx), wanted_y = jax.grad(loss, (0, 1), has_aux=True)(
+        variables["params"], x
+    )
+    # The rounding of values up to 100 through three layers, in another order than Flax's.
+    assert_close((dparams, dx, y), (wanted_dparams, wanted_dx, wanted_y), 1e-11)
+
+
+def test_rules_choose_layers_and_later_rules_win():
+    model = Nested(nn.BatchNorm)
+    x, variables = data(), initialized(model)
+    rules = {
+        "backbone/**": {"frozen": True, "momentum": 0.0},
+        "backbone/Block_1/*": {"frozen": False},
+    }
+    _, (_, updates) = train_step(override(model.apply, rules), variables, x)
+    old, new = variables["batch_stats"], updates["batch_stats"]
+    assert_equal(new["backbone"]["Block_0"], old["backbone"]["Block_0"])
+    # With momentum 0, the mean is that of the batch; without, one step of 0.99 moves it little.
+    moved = [
+        float(jnp.max(jnp.abs(new_mean - old_mean) / jnp.abs(old_mean)))
+        for new_mean, old_mean in (
+            (new["backbone"]["Block_1"]["BatchNorm_0"]["mean"],
+             old["backbone"]["Block_1"]["BatchNorm_0"]["mean"]),
+            (new["head"]["mean"], old["head"]["mean"]),
+        )
+    ]  # fmt: skip
+    assert moved[0] > 0.5 and 0 < moved[1] < 0.2
+
+
+def test_overrides_stack_and_the_outer_one_wins():
+    model = Nested(nn.BatchNorm)
+    x, variables = data(), initialized(model)
+    inner = override(model.apply, {"**": {"epsilon": 0.1, "momentum": 0.5}})
+    stacked = override(partial(inner, train=True), {"head": {"momentum": 0.9}})
+    at_once = override(
+        model.apply, {"**": {"epsilon": 0.1, "momentum": 0.5}, "head": {"momentum": 0.9}}
+    )
+    got = jax.jit(lambda v, x: stacked(v, x, mutable=["batch_stats"]))(variables, x)
+    assert_equal(
+        got, jax.jit(lambda v, x: at_once(v, x, True, mutable=["batch_stats"]))(variables, x)
+    )
+
+
+def test_a_derived_class_keeps_its_own_code():
+    model = Nested(partial(derived(nn.BatchNorm), momentum=0.8))
+    x, variables = data(), initialized(model)
+    got = train_step(override(model.apply, {"**": {"epsilon": 0.1}}), variables, x)
+    wanted = Nested(partial(derived(jaxbn.linen.BatchNorm), momentum=0.8, epsilon=0.1))
+    assert_equal(got, train_step(wanted.apply, variables, x))
+    ours = Nested(partial(derived(jaxbn.linen.BatchNorm), momentum=0.8))
+    assert_equal(got, train_step(override(ours.apply, {"**": {"epsilon": 0.1}}), variables, x))
+
+
+def test_an_option_that_the_layer_has_is_kept():
+    model = Shared(partial(nn.BatchNorm, momentum=0.7, epsilon=0.03, use_bias=False))
+    wanted = Shared(
+        partial(jaxbn.linen.BatchNorm, momentum=0.7, epsilon=0.03, use_bias=False, track=True)
+    )
+    x, variables = data(), initialized(model)
+    got = train_step(override(model.apply, {"shared": {"track": True}}), variables, x)
+    assert_equal(got, train_step(wanted.apply, variables, x))
+
+
+def test_a_momentum_may_be_traced():
+    model = Shared(nn.BatchNorm)
+    x, variables = data(), initialized(model)
+
+    @jax.jit
+    def step(momentum):
+        apply = override(model.apply, {"**": {"momentum": momentum}})
+        return apply(variables, x, True, mutable=["batch_stats"])[1]
+
+    assert_equal(step(1.0)["batch_stats"], variables["batch_stats"])
+
+
+def test_without_mutable_statistics_where_none_are_tracked():
+    model = Nested(nn.BatchNorm)
+    variables = initialized(model)
+    for options in ({"track": False}, {"frozen": True}):
+        y = override(model.apply, {"**": options})(variables, data(), True)
+        assert y.shape == data().shape
+
+
+def test_axis_name_synchronizes_a_model_that_lacks_one():
+    model = Nested(nn.BatchNorm)
+    x, variables = data(), initialized(model)
+    apply = override(model.apply, {"**": {"axis_name": "devices"}})
+    y, updates = jax.pmap(
+        lambda v, x: apply(v, x, True, mutable=["batch_stats"]),
+        in_axes=(None, 0),
+        axis_name="devices",
+    )(variables, x.reshape(4, 8, 4))
+    wanted, wanted_updates = model.apply(variables, x, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(y.reshape(wanted.shape), wanted, atol=1e-4)
+    jax.tree.map(
+        lambda got, one: np.testing.assert_allclose(got[0], one, rtol=1e-5),
+        updates,
+        wanted_updates,
+    )
+
+
+def test_a_function_is_new_and_keeps_the_signature():
+    model = Nested(nn.BatchNorm)
+    first, second = (override(model.apply, {"**": {"epsilon": e}}) for e in (0.1, 0.2))
+    assert first is not second and first.__name__ == "apply"
+    x, variables = data(), initialized(model)
+    outputs = [jax.jit(fn, static_argnums=2)(variables, x, False) for fn in (first, second)]
+    assert not np.allclose(*outputs)
+
+
+def test_a_pattern_without_a_layer_is_refused():
+    model = Nested(nn.BatchNorm)
+    variables = initialized(model)
+    paths = "'backbone/Block_0/BatchNorm_0', 'backbone/Block_1/BatchNorm_0', 'head'"
+    for call in (
+        lambda: override(model.apply, {"head": {}, "neck/**": {}})(variables, data(), False),
+        lambda: override(model.init, {"neck/**": {}})(jax.random.key(0), data(), True),
+    ):
+        with raises(ValueError, NOT_MATCHED.format("'neck/**'", paths)):
+            call()
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_paths_are_those_of_the_statistics(make):
+    """A compiled part of the model is not traced again, so a second call must know its layers."""
+    model = make(nn.BatchNorm)
+    x, variables = data(), initialized(model)
+    flat = flatten_dict(variables["batch_stats"])
+    paths = sorted({"/".join(path[:-1]) for path in flat})
+    init = override(model.init, {path: {"momentum": 0.5} for path in paths})
+    for _ in range(2):
+        init(jax.random.key(0), x, True)
+    with raises(ValueError, NOT_MATCHED.format("'none'", ", ".join(map(repr, paths)))):
+        override(model.init, {"none": {}})(jax.random.key(0), x, True)
+
+
+def test_a_layer_that_is_not_called_may_be_named():
+    class Model(nn.Module):
+        def setup(self):
+            self.encoder, self.decoder = nn.BatchNorm(), nn.BatchNorm()
+
+        def __call__(self, x):
+            return self.decoder(self.encode(x), use_running_average=True)
+
+        def encode(self, x):
+            return self.encoder(x, use_running_average=True)
+
+    model = Model()
+    variables = model.init(jax.random.key(0), data())
+    apply = override(model.apply, {"decoder": {"epsilon": 0.1}})
+    assert_equal(
+        apply(variables, data(), method="encode"), model.apply(variables, data(), method="encode")
+    )
+
+
+def test_a_model_without_batch_norms_is_refused():
+    model = nn.Dense(3)
+    variables = model.init(jax.random.key(0), data())
+    with raises(ValueError, NOT_MATCHED.format("'**'", "none")):
+        override(model.apply, {"**": {"frozen": True}})(variables, data())
+
+
+@pytest.mark.parametrize(
+    ("rules", "error", "text"),
+    [
+        ([], TypeError, "rules must be a mapping, got list; for example "
+         '{"backbone/**": {"frozen": True}}.'),
+        ({0: {}}, TypeError, "rules must map patterns over paths, such as 'backbone/**', to "
+         "options, got the pattern 0 of type int."),
+        ({"**": True}, TypeError, "rules['**'] must be a mapping, got bool; for example "
+         '{"frozen": True}.'),
+        ({"**": {"axis": 1}}, ValueError, "rules['**'] may have the options 'frozen', 'track', "
+         "'momentum', 'epsilon', 'batch_variance', 'running_variance', 'axis_name', "
+         "'axis_index_groups', 'virtual_batch_size'; got 'axis'."),
+        ({"**": {"momentum": 2}}, ValueError, "momentum must be None or lie in [0, 1], got 2. It "
+         "is the weight of the old value: PyTorch's momentum is one minus it."),
+        ({"**": {"frozen": "yes"}}, ValueError, "frozen must be a Python bool, got 'yes' of type "
+         "str."),
+        ({"**": {"axis_name": None, "axis_index_groups": ((0, 1),)}}, ValueError,
+         "axis_index_groups=((0, 1),) are groups of an axis: axis_name must name it, got None."),
+    ],
+)  # fmt: skip
+def test_bad_rules_are_refused_at_once(rules, error, text):
+    with raises(error, text):
+        override(Nested(nn.BatchNorm).apply, rules)
+
+
+@pytest.mark.parametrize(("fn", "name"), [(Compiled(nn.BatchNorm), "Compiled"), (None, "NoneType")])
+def test_the_function_must_be_one(fn, name):
+    with raises(TypeError, f"fn must be a function that runs a Linen model, such as model.apply, "
+                f"got {name}."):  # fmt: skip
+        override(fn, {})
+
+
+def test_the_options_that_flax_lacks_have_the_defaults_of_the_layer():
+    for name, value in FLAX_LACKS.items():
+        assert getattr(jaxbn.linen.BatchNorm, name) == value
+        assert not hasattr(nn.BatchNorm, name)
