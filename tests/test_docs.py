@@ -22,8 +22,8 @@ NAMES = {
         *("to_equinox", "to_haiku", "to_keras", "to_torch"),
     ],
     "inference": ["fold", "fold_linen"],
-    "linen": ["BatchNorm"],
-    "nnx": ["BatchNorm"],
+    "linen": ["BatchNorm", "override"],
+    "nnx": ["BatchNorm", "override"],
     "parity": [
         *("ConventionError", "DifferentiableLayer", "Layer", "Report", "assert_parity"),
         *("batch_norm_layer", "compare", "compare_models", "equinox_layer", "haiku_layer"),

@@ -63,7 +63,8 @@ def observable_nnx(
 @cache
 def _observing(layer_class: type) -> type:
     """Return the class that layers of a class have while they are observed."""
-    (base,) = (norm for norm in _BATCH_NORMS if issubclass(layer_class, norm))
+    # A layer of Flax that `jaxbn.nnx.override` changed is of both classes, and computes as ours.
+    base = next(norm for norm in _BATCH_NORMS if issubclass(layer_class, norm))
 
     def __call__(self, *args, **kwargs):
         x, use_running_average, mask = _observe.call_arguments(*args, **kwargs)

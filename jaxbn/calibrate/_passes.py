@@ -65,8 +65,8 @@ def _first_pass(
         raise ValueError("batches must hold at least one batch, got none.")
     if not (in_training or in_all_modes):
         raise ValueError(
-            "model must have a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx, and "
-            "call it; got one that calls none."
+            "model must have a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx that "
+            "is not frozen, and call it; got one that calls none."
         )
     return (observe_training, in_training) if in_training else (observe_all, in_all_modes)
 

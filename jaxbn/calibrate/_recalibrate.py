@@ -46,11 +46,11 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
     as many passes as there are calls of batch norms.
 
     The calibrated layers are `jaxbn.linen.BatchNorm`, `jaxbn.nnx.BatchNorm`, Flax's own two, and
-    classes derived from them. If any layer runs in training mode, in any batch, then only layers in
-    training mode are calibrated, and frozen ones normalize with their running statistics and keep
-    them. If all run in evaluation mode, all are calibrated, and whatever else depends on the mode,
-    such as dropout, behaves as in evaluation. `axis_name` and `virtual_batch_size` have no effect:
-    the data set is one batch.
+    classes derived from them, unless they are `frozen`. If any layer runs in training mode, in any
+    batch, then only layers in training mode are calibrated, and the others normalize with their
+    running statistics and keep them. If all run in evaluation mode, all are calibrated, and
+    whatever else depends on the mode, such as dropout, behaves as in evaluation. `axis_name` and
+    `virtual_batch_size` have no effect: the data set is one batch.
 
     A layer that is called several times normalizes each call with the statistics of that call, as
     in training, and its running statistics become those of all calls together. Batches may call a

@@ -77,7 +77,7 @@ def _change(layer: Any, options: Mapping[str, Any]) -> None:
         setattr(layer, name, hashable(value))
 
 
-class _OfFlax(BatchNorm, nnx.BatchNorm):
+class FlaxBatchNorm(BatchNorm, nnx.BatchNorm):
     """Flax's layer, which computes as this library's does."""
 
 
@@ -85,6 +85,6 @@ class _OfFlax(BatchNorm, nnx.BatchNorm):
 def _of_this_library(layer_class: type) -> type:
     """Return a class of layers that are as those of a class of Flax's, but compute as ours do."""
     if layer_class is nnx.BatchNorm:
-        return _OfFlax
+        return FlaxBatchNorm
     # Between a derived class and its base, where the derived class calls `super().__call__`.
-    return type(layer_class.__name__, (layer_class, _OfFlax), {})
+    return type(layer_class.__name__, (layer_class, FlaxBatchNorm), {})
