@@ -75,6 +75,7 @@ def call_arguments(x, use_running_average=None, *, mask=None):
 
 def is_observed(layer: Any, use_running_average: Any, every_call: bool) -> bool:
     """Return whether to observe a call that was made with this `use_running_average`."""
+    # Flax's layers cannot be frozen.
     if getattr(layer, "frozen", False):
         return False
     if use_running_average is None:
