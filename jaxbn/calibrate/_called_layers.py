@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.typing import ArrayLike
 
 from jaxbn import _call_checks
 from jaxbn.calibrate._statistics import LayerPath
@@ -49,11 +51,12 @@ class CalledLayers:
 _context = jax.make_user_context(None)
 
 
-def record(path: LayerPath, layer: Any, x: jax.Array) -> None:
+def record(path: LayerPath, layer: Any, x: ArrayLike) -> None:
     """Note that a layer is called with `x`, in a context of `CalledLayers.observing`."""
     called, _ = _context.value
-    feature_axes = _call_checks.feature_axes(layer.axis, x.shape)
-    sizes = [size for a, size in enumerate(x.shape) if a not in feature_axes]
+    shape = np.shape(x)
+    feature_axes = _call_checks.feature_axes(layer.axis, shape)
+    sizes = [size for a, size in enumerate(shape) if a not in feature_axes]
     group = getattr(layer, "virtual_batch_size", None)
     if group is not None and sizes:
         sizes[0] = min(sizes[0], group)

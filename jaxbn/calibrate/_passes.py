@@ -22,6 +22,14 @@ def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
     return list(batches) if isinstance(batches, Iterator) else batches
 
 
+def exhausted() -> ValueError:
+    """Return the error about batches of which a second pass finds none."""
+    return ValueError(
+        "batches were exhausted by the first pass over them: give a list, or an iterable that "
+        "starts again with each iter()."
+    )
+
+
 def exact_statistics(
     model: ObservableModel, batches: Iterable[Any]
 ) -> tuple[PerCall[Statistics], BatchObserver]:
@@ -43,10 +51,7 @@ def exact_statistics(
         before, known = known, reduce(_merge_calls, map(partial(observe, known), batches), {})
         passes += 1
         if not known:
-            raise ValueError(
-                "batches were exhausted by the first pass over them: give a list, or an iterable "
-                "that starts again with each iter()."
-            )
+            raise exhausted()
         if _equal(known, before):
             break
     return known, observe

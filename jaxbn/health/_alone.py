@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxbn.calibrate._observe_batch import BatchObserver
+from jaxbn.calibrate._passes import exhausted
 from jaxbn.calibrate._statistics import LayerPath, merge_statistics, to_state
 from jaxbn.health._distance import State, distance
 
@@ -56,4 +57,6 @@ def closest_batches(
                 closest[layer] = ClosestBatch(index, far, True, values)
             else:
                 closest[layer] = best._replace(is_last=False, values=values)
+    if not closest:
+        raise exhausted()
     return closest

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxbn.calibrate._observable import observable
 from jaxbn.calibrate._passes import exact_statistics, repeatable
-from jaxbn.health._layer import checked_layers
+from jaxbn.health._layer import checked_layers, layers_in_evaluation
 from jaxbn.health._layer_findings import layer_findings
 from jaxbn.health._network_findings import network_findings
 from jaxbn.health._outputs import output_change
@@ -89,6 +89,12 @@ def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: An
     variables, findings = one_copy(model, variables, batches, apply_kwargs)
     observed_model = observable(model, variables, apply_kwargs)
     calls, observe = exact_statistics(observed_model, batches)
+    in_evaluation = layers_in_evaluation(observed_model, calls).values()
+    spoiled = [finding for layer in in_evaluation for finding in layer_findings(layer)]
+    if spoiled:
+        # What comes after such a layer is no data to compare with.
+        return Report(tuple(layer.row for layer in in_evaluation), None, (*findings, *spoiled))
+
     by_path = checked_layers(observed_model, calls, observe, batches)
     running = {path: by_path[path].prescribed for path in calls}
     change = output_change(observe, batches, running, calls)

@@ -35,9 +35,9 @@ def cause(running: State, exact: State, facts: LayerFacts, closest: ClosestBatch
     )
     if 0 < lag < 1 and _explains(distance(running, with_lag, facts.epsilon), far):
         return (
-            f"They lag: {100 * lag:.3g} % of them are still the initial values, mean 0 and "
-            f"variance 1{_updates(lag, facts.momentum)}. Train longer, lower the momentum, or "
-            f"recalibrate (jaxbn.calibrate.recalibrate)."
+            f"They lag: the initial values, mean 0 and variance 1, still have "
+            f"{100 * lag:.3g} % of the weight{_updates(lag, facts.momentum)}. Train longer, "
+            f"lower the momentum, or recalibrate (jaxbn.calibrate.recalibrate)."
         )
     return (
         "They are those of other data: another domain, other preprocessing, or weights that "
@@ -76,4 +76,4 @@ def _updates(lag: float, momentum: float | None) -> str:
     if momentum is None or not 0 < (number := float(momentum)) < 1:
         return ""
     updates = max(round(math.log(lag) / math.log(number)), 1)
-    return f", as after {updates} updates with momentum {number:g}"
+    return f", as after about {updates} updates with momentum {number:g}"

@@ -100,18 +100,34 @@ def checked_layers(
     running = states(model.statistics)
     epsilons = {layer: facts[layer].epsilon for layer in calls}
     closest = closest_batches(observe, batches, running, epsilons)
-    return {
+    layers = layers_in_evaluation(model, calls) | {
         layer: CheckedLayer(
-            "/".join(map(str, layer)),
+            text_of(layer),
             facts[layer],
             running[layer],
-            exact[layer] if layer in calls else None,
-            calls.get(layer, ()),
-            closest.get(layer),
+            exact[layer],
+            of_layer,
+            closest[layer],
         )
-        for layer in facts
-        if layer in running
+        for layer, of_layer in calls.items()
     }
+    return {layer: layers[layer] for layer in facts if layer in layers}
+
+
+def layers_in_evaluation(
+    model: ObservableModel, calls: PerCall[Statistics]
+) -> dict[LayerPath, CheckedLayer]:
+    """Return the layers that normalize with their running statistics, though others train."""
+    return {
+        layer: CheckedLayer(text_of(layer), model.called.facts[layer], running, None, (), None)
+        for layer, running in states(model.statistics).items()
+        if layer in model.called.facts and layer not in calls
+    }
+
+
+def text_of(layer: LayerPath) -> str:
+    """Return the path of a layer as text, as the patterns of `override` match it."""
+    return "/".join(map(str, layer))
 
 
 def states(statistics: Any) -> dict[LayerPath, State]:

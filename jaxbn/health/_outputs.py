@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._moments import statistics_dtype
 from jaxbn.calibrate._batches import join, split
 from jaxbn.calibrate._observe import PerCall
 from jaxbn.calibrate._observe_batch import BatchObserver
@@ -84,7 +85,7 @@ def _summary(of_running: jax.Array, of_exact: jax.Array) -> jax.Array:
 
     Entries that are infinite or NaN with exact statistics, such as those of masks, are left out.
     """
-    dtype = jnp.promote_types(of_exact.dtype, jnp.float32)
+    dtype = statistics_dtype(of_exact.dtype)
     y, changed = of_exact.astype(dtype), of_running.astype(dtype)
     finite = jnp.isfinite(y)
     n = jnp.sum(finite, dtype=dtype)

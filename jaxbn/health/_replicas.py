@@ -13,6 +13,7 @@ from jaxbn.calibrate._observe import ObservableModel
 from jaxbn.calibrate._statistics import leaf_indices
 from jaxbn.health._distance import State
 from jaxbn.health._finding import Finding
+from jaxbn.health._layer import text_of
 from jaxbn.health._running_statistics import feature
 
 # Devices may round differently.
@@ -77,7 +78,7 @@ def _leading_size(statistics: Any) -> int | None:
         for name in ("mean", "var")
     ]
     sizes = {shape[0] if len(shape) > 1 else 0 for shape in shapes}
-    return sizes.pop() if len(sizes) == 1 and min(sizes) > 1 else None
+    return sizes.pop() if len(sizes) == 1 and min(sizes) > 0 else None
 
 
 def _first(leaf: Any, size: int) -> Any:
@@ -169,7 +170,7 @@ def _differences(copies: Mapping[tuple[Any, ...], State]) -> Iterator[Finding]:
         if np.any(differs):
             worst = int(np.argmax(np.where(differs, spread, 0)))
             yield Finding(
-                "/".join(map(str, path)),
+                text_of(path),
                 "replicas-differ",
                 f"The running statistics of {len(mean)} devices differ by up to "
                 f"{spread.flat[worst]:.3g} deviations (feature "

@@ -1,5 +1,6 @@
 """A check of running statistics inside a training loop."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxbn._trees import is_box
 from jaxbn.calibrate._statistics import LayerPath, leaf_indices
 
 
@@ -96,6 +96,8 @@ def _moved_and_finite(
 
 def _layers(tree: Any) -> dict[LayerPath, tuple[Any, ...]]:
     """Return the mean and the variance of each layer."""
+    if isinstance(tree, Mapping) and "batch_stats" in tree:
+        tree = tree["batch_stats"]
     leaves = jax.tree.leaves(tree)
     return {
         layer: (leaves[indices["mean"]], leaves[indices["var"]])
@@ -106,13 +108,18 @@ def _layers(tree: Any) -> dict[LayerPath, tuple[Any, ...]]:
 
 def _check_separate(before: Any, after: Any) -> None:
     """Check that the trees do not share variables of NNX, which a step changes in place."""
-    old, new = (jax.tree.leaves(tree, is_leaf=is_box) for tree in (before, after))
-    changed_in_place = {id(leaf) for leaf in old if is_box(leaf)}
-    if any(id(leaf) in changed_in_place for leaf in new):
+    old, new = (jax.tree.leaves(tree, is_leaf=_is_mutable) for tree in (before, after))
+    shared = {id(leaf) for leaf in old if _is_mutable(leaf)}
+    if any(id(leaf) in shared for leaf in new):
         raise ValueError(
             "before and after share their variables, so they are equal whatever the step does. "
             "Before the step, take before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))."
         )
+
+
+def _is_mutable(leaf: Any) -> bool:
+    """Return whether a leaf has the interface of NNX's variables, without importing Flax."""
+    return hasattr(leaf, "get_value") and hasattr(leaf, "set_value")
 
 
 def _check_leaves(layer: LayerPath, old: tuple[Any, ...], new: tuple[Any, ...]) -> None:
