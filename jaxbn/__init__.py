@@ -25,11 +25,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 # Some of these need Flax, so each is imported when it is first used.
-_SUBMODULES = ("calibrate", "convert", "inference", "linen", "nnx", "parity")
+_SUBMODULES = ("calibrate", "convert", "health", "inference", "linen", "nnx", "parity")
 
 if typing.TYPE_CHECKING:
     from jaxbn import calibrate as calibrate
     from jaxbn import convert as convert
+    from jaxbn import health as health
     from jaxbn import inference as inference
     from jaxbn import linen as linen
     from jaxbn import nnx as nnx

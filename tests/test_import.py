@@ -8,7 +8,7 @@ import pytest
 
 import jaxbn
 
-SUBMODULES = ["calibrate", "convert", "inference", "linen", "nnx", "parity"]
+SUBMODULES = ["calibrate", "convert", "health", "inference", "linen", "nnx", "parity"]
 
 
 def run(program):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxbn.calibrate._called_layers import CalledLayers
 from jaxbn.calibrate._statistics import LayerPath
 
 T = TypeVar("T")
@@ -33,24 +34,38 @@ class CallMoments(NamedTuple):
     ddof: Any
 
 
+class Observation(NamedTuple):
+    """What one run of a model yields.
+
+    Attributes:
+      calls: the moments of the input of each call of a batch norm.
+      output: the output of the model.
+    """
+
+    calls: PerCall[CallMoments]
+    output: Any
+
+
 class ObservableModel(NamedTuple):
     """A model as a pure function, and the place of its running statistics.
 
     Attributes:
       observe: takes variables, prescribed moments (`PerCall[CallMoments]`), a batch and a bool;
-        returns the moments of the input of each call. A call with prescribed moments of at least
-        one value normalizes with those, and any other call with the moments of its own input. The
-        bool says whether to observe all calls, or only those in training mode; others normalize
-        with the running statistics.
+        returns an `Observation`. A call with prescribed moments of at least one value normalizes
+        with those, and any other call with the moments of its own input. The bool says whether to
+        observe all calls, or only those in training mode; others normalize with the running
+        statistics.
       variables: the first argument of `observe`.
       statistics: the part of the caller's variables that holds the running statistics, a tree.
       replace_statistics: takes such a tree, and returns the caller's variables with it.
+      called: the layers that were called so far. Each trace of `observe` adds to them.
     """
 
-    observe: Callable[[Any, PerCall[CallMoments], Any, bool], PerCall[CallMoments]]
+    observe: Callable[[Any, PerCall[CallMoments], Any, bool], Observation]
     variables: Any
     statistics: Any
     replace_statistics: Callable[[Any], Any]
+    called: CalledLayers
 
 
 def call_arguments(x, use_running_average=None, *, mask=None):
@@ -88,10 +103,14 @@ def by_layer(variables: Mapping[tuple[Any, ...], Any]) -> PerCall[CallMoments]:
 
 
 @contextmanager
-def errors_explained() -> Iterator[None]:
-    """Explain the errors of transforms that cannot carry the variables of observed calls."""
+def observing(called: CalledLayers, every_call: bool) -> Iterator[None]:
+    """Note the layers that are called, and explain the errors of transforms.
+
+    Some transforms cannot carry the variables of observed calls.
+    """
     try:
-        yield
+        with called.observing(every_call):
+            yield
     except (TypeError, ValueError) as error:
         if OBSERVED in str(error) or "broadcasted variable has a data dependency" in str(error):
             raise ValueError(

@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxbn import _checks, _layers
 from jaxbn.calibrate import _observe
 from jaxbn.calibrate._batches import arguments
+from jaxbn.calibrate._called_layers import CalledLayers, record
 from jaxbn.calibrate._normalize import normalize
-from jaxbn.calibrate._observe import OBSERVED, PRESCRIBED, CallMoments, PerCall
+from jaxbn.calibrate._observe import OBSERVED, PRESCRIBED, CallMoments, Observation, PerCall
 from jaxbn.linen import BatchNorm
 
 _BATCH_NORM_CALLS = [unwrap(layer.__call__) for layer in (BatchNorm, nn.BatchNorm)]
@@ -25,17 +26,19 @@ def observable_linen(
 ) -> _observe.ObservableModel:
     """Return a Linen model as `observable` does."""
     _checks.mapping("variables of a flax.linen.Module", variables)
+    called = CalledLayers()
     options = {name: value for name, value in apply_kwargs.items() if name != "mutable"}
 
     def observe(
         variables: Any, prescribed: PerCall[CallMoments], batch: Any, every_call: bool
-    ) -> PerCall[CallMoments]:
+    ) -> Observation:
         def interceptor(next_fun, args, kwargs, context):
             # A layer of a derived class is intercepted where it calls its base class.
             if unwrap(context.orig_method.func) not in _BATCH_NORM_CALLS:
                 return next_fun(*args, **kwargs)
             layer = context.module
             x, use_running_average, mask = _observe.call_arguments(*args, **kwargs)
+            record(layer.scope.path, layer, x)
             if not _observe.is_observed(layer, use_running_average, every_call):
                 return next_fun(*args, **kwargs)
 
@@ -52,16 +55,17 @@ def observable_linen(
         for layer, calls in prescribed.items():
             statistics |= {(*layer, f"{PRESCRIBED}{i}"): call for i, call in enumerate(calls)}
         args, kwargs = arguments(batch)
-        with _observe.errors_explained(), nn.intercept_methods(interceptor):
+        with _observe.observing(called, every_call), nn.intercept_methods(interceptor):
             # A model in training may write to any collection but its parameters.
-            _, updates = model.apply(
+            output, updates = model.apply(
                 {**variables, "batch_stats": unflatten_dict(statistics)},
                 *args,
                 **kwargs,
                 **options,
                 mutable=DenyList("params"),
             )
-        return _observe.by_layer(flatten_dict(unfreeze(updates.get("batch_stats", {}))))
+        calls = _observe.by_layer(flatten_dict(unfreeze(updates.get("batch_stats", {}))))
+        return Observation(calls, output)
 
     def replace_statistics(statistics: Any) -> Any:
         new = {"batch_stats": statistics}
@@ -70,4 +74,4 @@ def observable_linen(
         return {**variables, **new}
 
     statistics = variables.get("batch_stats", {})
-    return _observe.ObservableModel(observe, variables, statistics, replace_statistics)
+    return _observe.ObservableModel(observe, variables, statistics, replace_statistics, called)

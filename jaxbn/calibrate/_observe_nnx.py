@@ -8,8 +8,9 @@ from flax import nnx
 
 from jaxbn.calibrate import _observe
 from jaxbn.calibrate._batches import arguments
+from jaxbn.calibrate._called_layers import CalledLayers, record
 from jaxbn.calibrate._normalize import normalize
-from jaxbn.calibrate._observe import OBSERVED, PRESCRIBED, CallMoments, PerCall
+from jaxbn.calibrate._observe import OBSERVED, PRESCRIBED, CallMoments, Observation, PerCall
 from jaxbn.nnx._batch_norm import BatchNorm, promoted
 
 _BATCH_NORMS = (BatchNorm, nnx.BatchNorm)
@@ -24,6 +25,7 @@ def observable_nnx(
             f"variables of an NNX model must be an nnx.State, such as nnx.state(model), got "
             f"{type(variables).__name__}."
         )
+    called = CalledLayers()
     # `variables` may be only a part of the model's.
     graphdef, all_variables = (model, variables)
     if isinstance(model, nnx.Module):
@@ -31,7 +33,7 @@ def observable_nnx(
 
     def observe(
         states: Any, prescribed: PerCall[CallMoments], batch: Any, every_call: bool
-    ) -> PerCall[CallMoments]:
+    ) -> Observation:
         all_variables, variables = states
         copy = nnx.merge(graphdef, all_variables)
         nnx.update(copy, variables)
@@ -40,13 +42,13 @@ def observable_nnx(
         }
         for path, layer in layers.items():
             object.__setattr__(layer, "__class__", _observing(type(layer)))
-            layer.calibrate_every_call = every_call
+            layer.calibrate_path, layer.calibrate_every_call = path, every_call
             for i, call in enumerate(prescribed.get(path, ())):
                 setattr(layer, f"{PRESCRIBED}{i}", nnx.BatchStat(call))
         args, kwargs = arguments(batch)
-        with _observe.errors_explained():
-            copy(*args, **kwargs, **apply_kwargs)
-        return _observe.by_layer(
+        with _observe.observing(called, every_call):
+            output = copy(*args, **kwargs, **apply_kwargs)
+        calls = _observe.by_layer(
             {
                 (*path, name): value.get_value()
                 for path, layer in layers.items()
@@ -54,9 +56,10 @@ def observable_nnx(
                 if name.startswith(OBSERVED)
             }
         )
+        return Observation(calls, output)
 
     return _observe.ObservableModel(
-        observe, (all_variables, variables), variables, lambda statistics: statistics
+        observe, (all_variables, variables), variables, lambda statistics: statistics, called
     )
 
 
@@ -68,6 +71,7 @@ def _observing(layer_class: type) -> type:
 
     def __call__(self, *args, **kwargs):
         x, use_running_average, mask = _observe.call_arguments(*args, **kwargs)
+        record(self.calibrate_path, self, x)
         if not _observe.is_observed(self, use_running_average, self.calibrate_every_call):
             return base.__call__(self, *args, **kwargs)
         call = _observe.next_call(lambda name: hasattr(self, name))

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxbn.calibrate._observable import observable
 from jaxbn.calibrate._observe import PerCall
-from jaxbn.calibrate._passes import exact_statistics
+from jaxbn.calibrate._passes import exact_statistics, repeatable
 from jaxbn.calibrate._statistics import (
     Statistics,
     in_layer,
@@ -99,11 +99,11 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
     "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
     """
     observed_model = observable(model, variables, apply_kwargs)
-    calls = exact_statistics(observed_model, batches)
-    return observed_model.replace_statistics(_replace(observed_model.statistics, calls))
+    calls, _ = exact_statistics(observed_model, repeatable(batches))
+    return observed_model.replace_statistics(replaced(observed_model.statistics, calls))
 
 
-def _replace(statistics: Tree, calls: PerCall[Statistics]) -> Tree:
+def replaced(statistics: Tree, calls: PerCall[Statistics]) -> Tree:
     """Return the tree of running statistics with those of the calls, merged for each layer."""
     leaves, structure = jax.tree.flatten(statistics)
     indices = leaf_indices(statistics)

@@ -47,7 +47,7 @@ def from_state(n: float, mean: ArrayLike, var: ArrayLike, ddof: int) -> Statisti
 
 
 def to_state(
-    statistics: Statistics, old_mean: jax.Array, old_var: jax.Array
+    statistics: Statistics, old_mean: ArrayLike, old_var: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """Return mean and variance in the shapes and dtypes of the old ones.
 
@@ -56,7 +56,7 @@ def to_state(
     n, ddof = statistics.n, statistics.ddof.flat[0]
     var = statistics.var * (n / np.maximum(n - ddof, 1))
 
-    def new(old: jax.Array, value: np.ndarray, exists: np.ndarray) -> jax.Array:
+    def new(old: ArrayLike, value: np.ndarray, exists: np.ndarray) -> jax.Array:
         old_value, shape = np.asarray(old, np.float64), np.shape(old)
         value = np.where(exists.reshape(shape), value.reshape(shape), old_value)
         with np.errstate(over="ignore"):

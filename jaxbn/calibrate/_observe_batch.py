@@ -1,0 +1,74 @@
+"""Observe the calls of one batch, and convert between their moments and statistics."""
+
+from itertools import zip_longest
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxbn.calibrate._batches import join, split
+from jaxbn.calibrate._observe import CallMoments, ObservableModel, PerCall
+from jaxbn.calibrate._statistics import Statistics
+
+
+class BatchObserver:
+    """Observe the calls of a batch, all of them or only those in training mode.
+
+    Called with statistics to normalize with and a batch, it returns the statistics of the inputs of
+    the batch's calls.
+    """
+
+    def __init__(self, model: ObservableModel, every_call: bool):
+        self.model, self.every_call = model, every_call
+
+        def run(variables, prescribed, arrays, constants):
+            return model.observe(variables, prescribed, join(arrays, constants), every_call).calls
+
+        self._compiled = jax.jit(run, static_argnums=3)
+
+    def prescribed(self, known: PerCall[Statistics], batch: Any) -> PerCall[CallMoments]:
+        """Return the moments to prescribe to the calls of a batch, given those known so far.
+
+        Exactly the calls of this batch get prescribed moments, in every pass, so that the model is
+        compiled once for each shape.
+        """
+        shapes = self._compiled.eval_shape(self.model.variables, {}, *split(batch))
+        return {
+            layer: tuple(
+                _to_moments(statistics, shape)
+                for statistics, shape in zip_longest(known.get(layer, ())[: len(calls)], calls)
+            )
+            for layer, calls in shapes.items()
+        }
+
+    def __call__(self, known: PerCall[Statistics], batch: Any) -> PerCall[Statistics]:
+        prescribed = self.prescribed(known, batch)
+        if not prescribed:
+            return {}
+        observed = self._compiled(self.model.variables, prescribed, *split(batch))
+        return {layer: tuple(map(_from_moments, calls)) for layer, calls in observed.items()}
+
+
+def _from_moments(observed: CallMoments) -> Statistics:
+    n, high, low, var = (np.asarray(value, np.float64) for value in observed[:4])
+    return Statistics(n, high + low, var, np.asarray(observed.ddof))
+
+
+def _to_moments(statistics: Statistics | None, shape: Any) -> CallMoments:
+    """Return moments to prescribe, their mean as an unevaluated sum of two floats.
+
+    Without statistics, they are moments of no values.
+
+    Args:
+      statistics: the statistics of the call so far, or None.
+      shape: shapes and dtypes of the result, a `CallMoments`.
+    """
+    dtype = shape.var.dtype
+    if statistics is None:
+        zeros = np.zeros(shape.var.shape, dtype)
+        return CallMoments(zeros, zeros, zeros, zeros, np.zeros(shape.ddof.shape, shape.ddof.dtype))
+    n, mean, var, ddof = statistics
+    with np.errstate(over="ignore", invalid="ignore"):
+        high = mean.astype(dtype)
+        low = (mean - high).astype(dtype)
+        return CallMoments(n.astype(dtype), high, low, var.astype(dtype), ddof)

@@ -1,0 +1,117 @@
+"""Check the batch norms of a model over data."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from jaxbn.calibrate._observable import observable
+from jaxbn.calibrate._passes import exact_statistics, repeatable
+from jaxbn.health._layer import checked_layers, layers_in_evaluation
+from jaxbn.health._layer_findings import layer_findings
+from jaxbn.health._network_findings import network_findings
+from jaxbn.health._outputs import output_change
+from jaxbn.health._replicas import one_copy
+from jaxbn.health._report import Report
+
+
+def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: Any) -> Report:
+    r"""Report what is wrong with the batch norms of a model, over data.
+
+    Use it when a model is good in training and bad in evaluation. It computes the exact statistics
+    of the data, as `jaxbn.calibrate.recalibrate` does, and compares the running statistics with
+    them. The distance of a layer's running statistics is the RMS change that they make to its
+    normalized output. With :math:`s = \sqrt{\sigma^2 + \epsilon}`, running statistics r and exact
+    ones e, it is over all features
+
+    .. math::
+
+        \sqrt{E\left[\left(\frac{\mu_e - \mu_r}{s_r}\right)^2
+            + \frac{\sigma_e^2}{s_e^2} \left(\frac{s_e}{s_r} - 1\right)^2\right]}
+
+    The report also says how much the running statistics change the output of the network. These
+    faults have a code:
+
+    - `never-updated`: the statistics are as initialized, mean 0 and variance 1, and the data's
+      differ by more than chance explains;
+    - `off`: the distance is more than 0.5. The text says how far mean and variance are from those
+      of the data, and whether the statistics follow a single batch (the momentum may be turned
+      round), lag behind (too few updates for the momentum), or are those of other data;
+    - `non-finite` and `negative-variance`: values that no data has;
+    - `dead-features`: the variance of the data is below epsilon;
+    - `few-values`: fewer than 16 values per feature are normalized together in every batch;
+    - `eval-differs`: the output of the network changes by more than the distances explain. Often a
+      layer is called several times, on inputs with different statistics;
+    - `replicas-differ`: the variables are copies of several devices (on a leading axis, as
+      `jax.pmap` keeps them, or in an array that is said to be replicated) whose running statistics
+      are not equal. The other faults are those of the first copy.
+
+    Data of another domain than the training data, and augmentation that only training has, make
+    statistics `off`. Pass the training data to find lost updates, and the evaluation data to find a
+    shift of domain.
+
+    Layers in evaluation mode within a model in training mode, and `frozen` layers, normalize with
+    their running statistics on purpose: only their values are checked.
+
+    Args:
+      model: a `flax.linen.Module`, an `flax.nnx.Module` or an `flax.nnx.GraphDef`. It is not
+        changed.
+      variables: the variables of a Linen model, or an `nnx.State`; or None for those of an
+        `nnx.Module`. They are not changed.
+      batches: the inputs of the model, as for `jaxbn.calibrate.recalibrate`: each an array, a tuple
+        of positional arguments, or a dict of keyword arguments. `few-values` and the cause of `off`
+        depend on the size of the batches, so use that of training.
+      **apply_kwargs: further arguments of `model.apply`, or of the NNX model, such as `train=False`
+        or `rngs`. `mutable` has no effect.
+
+    Returns:
+      A `Report`. It has `findings`, `layers` and `ok`; `str` gives a table and what to do.
+
+    Raises:
+      TypeError: `model` or `variables` has another type, or `batches` is a mapping.
+      ValueError: there is no batch, no batch norm, or no value; the statistics of the data are not
+        finite; the variables hold copies with different parameters.
+
+    Example:
+      >>> import flax.linen as nn, jax, jaxbn.linen
+      >>> from jaxbn.health import check
+      >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (1000, 4))
+      >>> model = nn.Sequential([nn.Dense(8), jaxbn.linen.BatchNorm(use_running_average=True)])
+      >>> variables = model.init(jax.random.key(1), x)
+      >>> report = check(model, variables, [x[:500], x[500:]])
+      >>> [(finding.path, finding.code) for finding in report.findings]
+      [('layers_1', 'never-updated')]
+      >>> variables = jaxbn.calibrate.recalibrate(model, variables, [x])
+      >>> check(model, variables, [x[:500], x[500:]]).ok
+      True
+    """
+    if variables is None:
+        variables = _own_variables(model)
+    batches = repeatable(batches)
+    variables, findings = one_copy(model, variables, batches, apply_kwargs)
+    observed_model = observable(model, variables, apply_kwargs)
+    calls, observe = exact_statistics(observed_model, batches)
+    in_evaluation = layers_in_evaluation(observed_model, calls).values()
+    spoiled = [finding for layer in in_evaluation for finding in layer_findings(layer)]
+    if spoiled:
+        # What comes after such a layer is no data to compare with.
+        return Report(tuple(layer.row for layer in in_evaluation), None, (*findings, *spoiled))
+
+    by_path = checked_layers(observed_model, calls, observe, batches)
+    running = {path: by_path[path].prescribed for path in calls}
+    change = output_change(observe, batches, running, calls)
+
+    layers = tuple(by_path.values())
+    for layer in layers:
+        findings += layer_findings(layer)
+    findings += network_findings(layers, change, findings)
+    return Report(tuple(layer.row for layer in layers), change, tuple(findings))
+
+
+def _own_variables(model: Any) -> Any:
+    from flax import nnx
+
+    if isinstance(model, nnx.Module):
+        return nnx.state(model)
+    raise TypeError(
+        f"variables must be those of the model, got None: only a flax.nnx.Module holds its own, "
+        f"and model is a {type(model).__name__}."
+    )

@@ -1,0 +1,79 @@
+"""Why running statistics are far from the exact ones."""
+
+import math
+
+import numpy as np
+
+from jaxbn.calibrate._called_layers import LayerFacts
+from jaxbn.health._alone import ClosestBatch
+from jaxbn.health._distance import LARGEST_HEALTHY, State, distance
+
+# An explanation must leave at most this share of the distance.
+_UNEXPLAINED = 1 / 3
+
+
+def cause(running: State, exact: State, facts: LayerFacts, closest: ClosestBatch) -> str:
+    """Return the cause that the numbers support, and what to do, in sentences.
+
+    Args:
+      running: the running statistics.
+      exact: those of the data.
+      facts: the layer's options.
+      closest: the batch whose own statistics are closest to the running ones.
+    """
+    far = distance(running, exact, facts.epsilon)
+    if _explains(closest.distance, far):
+        which = "the last batch" if closest.is_last else f"batch {closest.batch}"
+        return (
+            f"They match {which} alone: almost all weight is on the newest batch, as if the "
+            f"momentum were turned round (it is the weight of the old value here, so PyTorch's "
+            f"0.1 is 0.9). Mend the momentum, and recalibrate (jaxbn.calibrate.recalibrate)."
+        )
+    lag = _weight_of_initialization(running, exact, facts.epsilon)
+    with_lag = State(
+        mean=(1 - lag) * exact.mean, var=lag * np.ones_like(exact.var) + (1 - lag) * exact.var
+    )
+    if 0 < lag < 1 and _explains(distance(running, with_lag, facts.epsilon), far):
+        return (
+            f"They lag: the initial values, mean 0 and variance 1, still have "
+            f"{100 * lag:.3g} % of the weight{_updates(lag, facts.momentum)}. Train longer, "
+            f"lower the momentum, or recalibrate (jaxbn.calibrate.recalibrate)."
+        )
+    return (
+        "They are those of other data: another domain, other preprocessing, or weights that "
+        "changed since. Prepare the inputs as in training; if they are right, recalibrate "
+        "(jaxbn.calibrate.recalibrate)."
+    )
+
+
+def _explains(remaining: float, far: float) -> bool:
+    return remaining <= min(far * _UNEXPLAINED, LARGEST_HEALTHY)
+
+
+def _weight_of_initialization(running: State, exact: State, epsilon: float) -> float:
+    r"""Return the weight `a` of mean 0 and variance 1 that fits the running statistics best.
+
+    It solves, by least squares in units of the running deviations,
+
+    .. math::
+
+        \mu_r - \mu_e = -a \mu_e, \quad \sigma_r^2 - \sigma_e^2 = a (1 - \sigma_e^2)
+    """
+    var = running.var + epsilon
+    std = np.sqrt(var)
+    slope = np.concatenate([np.ravel(-exact.mean / std), np.ravel((1 - exact.var) / var)])
+    moved = np.concatenate(
+        [
+            np.ravel((running.mean - exact.mean) / std),
+            np.ravel((running.var - exact.var) / var),
+        ]
+    )
+    scale = float(slope @ slope)
+    return float(slope @ moved) / scale if scale > 0 else 0.0
+
+
+def _updates(lag: float, momentum: float | None) -> str:
+    if momentum is None or not 0 < (number := float(momentum)) < 1:
+        return ""
+    updates = max(round(math.log(lag) / math.log(number)), 1)
+    return f", as after about {updates} updates with momentum {number:g}"

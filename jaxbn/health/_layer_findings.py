@@ -1,0 +1,104 @@
+"""What is wrong with one layer."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxbn.health._alone import ClosestBatch
+from jaxbn.health._distance import (
+    LARGEST_HEALTHY,
+    State,
+    change,
+    mean_difference,
+    variance_ratio,
+    worst_ratio,
+)
+from jaxbn.health._explain import cause
+from jaxbn.health._finding import Finding
+from jaxbn.health._layer import CheckedLayer
+from jaxbn.health._running_statistics import as_initialized, feature, features, impossible_values
+
+# The statistics of fewer values scatter by more than a quarter of a deviation.
+_FEWEST_VALUES = 16
+# A change of this size does no harm, whatever the number of values.
+_HARMLESS = 0.1
+
+
+def layer_findings(layer: CheckedLayer) -> Iterator[Finding]:
+    """Yield what is wrong with a layer."""
+    impossible = list(impossible_values(layer.path, *layer.running))
+    yield from impossible
+    if layer.exact is None or layer.closest is None:
+        return
+    if not impossible:
+        yield from _difference(layer, layer.exact, layer.closest)
+    yield from _dead_features(layer, layer.exact)
+    yield from _few_values(layer, layer.closest)
+
+
+def _difference(layer: CheckedLayer, exact: State, closest: ClosestBatch) -> Iterator[Finding]:
+    if as_initialized(*layer.running):
+        # The statistics of n values with mean 0, variance 1 and kurtosis k are at a distance of
+        # about sqrt((1 + (k - 1) / 4) / n), which for k below 33 is less than this.
+        noise = 3 / math.sqrt(max(layer.values, 1))
+        if layer.distance > min(max(noise, _HARMLESS), LARGEST_HEALTHY):
+            yield _never_updated(layer, exact)
+        return
+    if layer.distance > LARGEST_HEALTHY:
+        states = layer.running, exact, layer.facts.epsilon
+        means, ratios = np.abs(mean_difference(*states)), variance_ratio(*states)
+        worst_mean, worst_variance = int(np.argmax(means)), worst_ratio(ratios)
+        yield Finding(
+            layer.path,
+            "off",
+            f"The running statistics change the normalized output by {layer.distance:.2g} "
+            f"deviations (RMS). The running mean is up to {means.flat[worst_mean]:.3g} deviations "
+            f"from the mean of the data (feature {feature(means.shape, worst_mean)}), and the "
+            f"running variance is {ratios.flat[worst_variance]:.3g} times that of the data "
+            f"(feature {feature(means.shape, worst_variance)}). "
+            f"{cause(layer.running, exact, layer.facts, closest)}",
+        )
+
+
+def _never_updated(layer: CheckedLayer, exact: State) -> Finding:
+    changes = change(layer.running, exact, layer.facts.epsilon)
+    worst = int(np.argmax(changes))
+    return Finding(
+        layer.path,
+        "never-updated",
+        f"The running statistics are as initialized, mean 0 and variance 1. The data has mean "
+        f"{exact.mean.flat[worst]:.3g} and variance {exact.var.flat[worst]:.3g} (feature "
+        f"{feature(changes.shape, worst)}). Training lost the updates. In Linen, call "
+        f"`y, updates = model.apply(variables, x, ..., mutable=['batch_stats'])` and keep the "
+        f"updates; in NNX, call `model.train()`, and return the state from functions that JAX "
+        f"transforms. jaxbn.health.assert_updated finds this in the first step. To mend this "
+        f"model, recalibrate (jaxbn.calibrate.recalibrate).",
+    )
+
+
+def _dead_features(layer: CheckedLayer, exact: State) -> Iterator[Finding]:
+    has_values = sum(np.asarray(call.n) for call in layer.calls) > 0
+    dead = (exact.var < layer.facts.epsilon) & np.broadcast_to(has_values, exact.var.shape)
+    if np.any(dead):
+        yield Finding(
+            layer.path,
+            "dead-features",
+            f"The data has a variance below epsilon ({layer.facts.epsilon:g}) in {features(dead)}. "
+            f"Epsilon, not the data, determines their normalized output, which is almost constant. "
+            f"Look for constant inputs, for units that died before this layer, or scale the inputs "
+            f"up.",
+        )
+
+
+def _few_values(layer: CheckedLayer, closest: ClosestBatch) -> Iterator[Finding]:
+    values = min(closest.values, layer.facts.group_values)
+    if values < _FEWEST_VALUES:
+        yield Finding(
+            layer.path,
+            "few-values",
+            f"At most {values} values per feature are normalized together, so in training the mean "
+            f"scatters by {1 / math.sqrt(max(values, 1)):.2g} deviations, and evaluation differs. "
+            f"Use larger batches, share statistics among devices (axis_name), or normalize "
+            f"otherwise.",
+        )

@@ -1,0 +1,128 @@
+"""The result of a check: a row for each layer, and what is wrong."""
+
+import math
+import re
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxbn.health._finding import Finding
+
+_WIDTH = 100
+# More paths than this are counted instead of listed.
+_MAX_PATHS = 8
+_LEGEND = (
+    "change: of the normalized output by the running statistics (RMS). mean, variance: running "
+    "against exact ones, of the worst feature, in deviations and as a ratio."
+)
+
+
+class LayerRow(NamedTuple):
+    """The running statistics of a layer beside the exact ones of the data.
+
+    A frozen layer, which normalizes with its running statistics in training, too, has no exact ones
+    to compare with, so its differences are NaN.
+
+    Attributes:
+      path: the path of the layer.
+      values: the number of values per feature in the data; 0 for a frozen layer.
+      change: the RMS change that the running statistics make to the layer's normalized output.
+      mean: the largest difference of the means of a feature, in deviations of the data.
+      variance: the running variance over the exact one, of the feature where it is farthest from 1.
+    """
+
+    path: str
+    values: int
+    change: float
+    mean: float
+    variance: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of the batch norms of a model.
+
+    Attributes:
+      layers: a row for each layer, in the order in which the model calls them.
+      output_change: the RMS difference between the network's outputs with running and with exact
+        statistics, relative to the deviation of the outputs; None if it has no floating output.
+      findings: what is wrong, in the order of the layers.
+    """
+
+    layers: tuple[LayerRow, ...]
+    output_change: float | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+    def raise_if_unhealthy(self) -> None:
+        """Raise an `AssertionError` with the whole report, unless nothing is wrong."""
+        if not self.ok:
+            raise AssertionError(str(self))
+
+    def __str__(self) -> str:
+        lines = [*self._table(), *_wrapped(_LEGEND), ""]
+        if self.output_change is not None:
+            lines += [
+                f"The running statistics change the output of the network by "
+                f"{100 * self.output_change:.3g} % of its deviation."
+            ]
+        if self.ok:
+            return "\n".join([*lines, "The running statistics are healthy."])
+        for alike in _alike(self.findings):
+            lines += ["", *_paragraph(alike)]
+        return "\n".join(lines)
+
+    def _table(self) -> list[str]:
+        codes: dict[str, list[str]] = {}
+        for finding in self.findings:
+            codes.setdefault(finding.path, []).append(finding.code)
+        cells: list[tuple[str, ...]] = [
+            ("layer", "values", "change", "mean", "variance", "findings")
+        ]
+        for path, values, *numbers in self.layers:
+            formatted = ("-" if math.isnan(number) else f"{number:.2g}" for number in numbers)
+            cells.append((path, str(values or "-"), *formatted, ", ".join(codes.get(path, []))))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return [
+            "  ".join(
+                cell.ljust(width) if i in (0, 5) else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in cells
+        ]
+
+
+def _alike(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Group findings of the same code whose texts differ only in numbers."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        words = re.sub(r"\(?-?[\d.]+(e[+-]?\d+)?(, [\d.]+)*\)?", "#", finding.text)
+        groups.setdefault((finding.code, words), []).append(finding)
+    return list(groups.values())
+
+
+def _paragraph(alike: list[Finding]) -> list[str]:
+    """Return the lines about findings that have the same fault in several layers."""
+    first, paths = alike[0], [finding.path for finding in alike]
+    where = ", ".join(paths[:_MAX_PATHS]) or "the network"
+    if len(paths) > _MAX_PATHS:
+        where += f" and {len(paths) - _MAX_PATHS} more"
+    example = f"{first.path}: " if len(paths) > 1 else ""
+    heading = f"{first.code}: {where}"
+    return [*_wrapped(heading), *_wrapped(f"{example}{first.text}", "  ")]
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent or "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,268 @@
+"""`check` on models of many kinds, and what it does not report."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbn.linen
+import jaxbn.nnx
+from jaxbn.calibrate import recalibrate
+from jaxbn.health import check
+from tests.calibration import Scanned
+from tests.health import LAYERS, NNX, Linen, codes, data, shuffled
+from tests.raises import raises
+
+Norm = jaxbn.linen.BatchNorm
+
+
+class Model(nn.Module):
+    """A model that is a function of a batch norm and its inputs."""
+
+    function: Callable[..., Any]
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, *args, **kwargs):
+        return self.function(partial(Norm, not self.train), *args, **kwargs)
+
+
+def exact(function, batches, train=False):
+    """Return the model, and variables with the exact statistics of batches, which are arrays."""
+    variables = Model(function).init(jax.random.key(0), batches[0])
+    variables = recalibrate(Model(function), variables, batches)
+    return Model(function, train), variables
+
+
+def shared(norm, x):
+    layer = norm(name="shared")
+    return layer(x), layer(4 * x + 3)
+
+
+class SharedNNX(nnx.Module):
+    def __init__(self):
+        self.shared = jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return shared(lambda name: self.shared, x)
+
+
+SHARED = (
+    "With running statistics, the output of the network differs by {} of its deviations from that "
+    "with exact statistics, although those of each layer agree. Inputs with different statistics "
+    "share a layer, whose running statistics fit none of them: shared. Training normalizes each "
+    "call by itself. Give each call a layer of its own."
+)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_layer_that_inputs_with_different_statistics_share(train):
+    model, variables = exact(shared, shuffled(), train)
+    linen = check(model, variables, shuffled())
+    model = SharedNNX()
+    if not train:
+        model.eval()
+    nnx.update(model, recalibrate(model, nnx.state(model), shuffled()))
+    for report in (linen, check(model, None, shuffled())):
+        (finding,) = report.findings
+        assert finding == ("", "eval-differs", SHARED.format(f"{report.output_change:.2g}"))
+        # Means that differ by more than their deviations change outputs by about those.
+        assert report.output_change > 0.5 and report.layers[0].change < 1e-5
+
+
+def test_a_layer_that_inputs_with_equal_statistics_share():
+    def function(norm, x):
+        layer = norm()
+        return layer(x) + layer(2 * x.mean(0, keepdims=True) - x)
+
+    assert check(*exact(function, shuffled(64, batches=1)), shuffled(64, batches=1)).ok
+
+
+def test_a_network_that_amplifies_small_changes():
+    """Means of 400 normalized values have 1/20 of their deviation, but all of a shift."""
+    x = np.random.default_rng(0).normal(size=(64, 400, 4)).astype("float32")
+    model, variables = exact(lambda norm, x: norm()(x).mean(1), [x])
+    variables["batch_stats"]["BatchNorm_0"]["mean"] += 0.2
+    report = check(model, variables, [x])
+    (finding,) = report.findings
+    assert finding[:2] == ("", "eval-differs")
+    assert "The network amplifies small changes." in finding.text
+    assert report.output_change == pytest.approx(0.2 * 20, rel=0.2)
+    assert report.layers[0].change == pytest.approx(0.2, rel=0.01)
+
+
+def test_nothing_changes():
+    network = NNX()
+    state, graphdef = nnx.to_pure_dict(nnx.state(network.model)), nnx.graphdef(network.model)
+    before = jax.tree.map(np.array, state)
+    network.check(data())
+    after = nnx.to_pure_dict(nnx.state(network.model))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert nnx.graphdef(network.model) == graphdef
+
+
+def test_modes_of_a_linen_model():
+    network = Linen()
+    in_evaluation, in_training = (network.check(data(), train=train) for train in (False, True))
+    assert in_training.findings == in_evaluation.findings
+    assert in_training.layers == in_evaluation.layers
+
+
+@pytest.mark.parametrize(
+    "form", [lambda x: x, lambda x: (x,), lambda x: (x, False), lambda x: {"x": x, "train": True}]
+)
+def test_forms_of_batches(form):
+    network = Linen()
+    assert network.check([form(x) for x in data()]).layers == network.check(data()).layers
+    assert network.check(form(x) for x in data()).layers == network.check(data()).layers
+
+
+@pytest.mark.parametrize("value, found", [(2.0, []), (np.nan, [("BatchNorm_0", "non-finite")])])
+def test_of_layers_in_evaluation_mode_only_the_values_are_checked(value, found):
+    def function(norm, x):
+        return norm(name="trained")(Norm(True)(x))
+
+    x = shuffled(64, batches=1)
+    model = Model(function, train=True)
+    variables = model.init(jax.random.key(0), x[0])
+    variables["batch_stats"]["BatchNorm_0"]["var"] *= value
+    if not found:
+        variables = recalibrate(model, variables, x)
+    report = check(model, variables, x)
+    assert codes(report) == found
+    assert report.layers[0][:2] == ("BatchNorm_0", 0) and np.isnan(report.layers[0].change)
+    # NaN in the input of the others leaves nothing to compare.
+    assert [row.values for row in report.layers[1:]] == ([] if found else [64])
+
+
+@pytest.mark.parametrize("counted, found", [(16, []), (15, [("BatchNorm_0", "few-values")])])
+def test_masked_out_values_are_not_counted(counted, found):
+    x = shuffled(64, batches=1)[0]
+    mask = (np.arange(64) < counted)[:, None]
+    model = Model(lambda norm, x, mask=None: norm()(x, mask=mask))
+    variables = model.init(jax.random.key(0), x)
+    variables = recalibrate(model, variables, [(x, mask)])
+    assert codes(check(model, variables, [(x, mask)])) == found
+    # A smaller last batch is not a fault.
+    assert codes(check(model, variables, [(x[:20], mask[:20]), (x[20:], mask[20:])])) == found
+
+
+@pytest.mark.parametrize("size, found", [(4, []), (2, [("BatchNorm_0", "few-values")])])
+def test_groups_of_few_values(size, found):
+    """Each example has five values per feature."""
+    x = np.random.default_rng(0).normal(size=(32, 5, 4)).astype("float32")
+
+    def function(norm, x):
+        return norm(virtual_batch_size=size)(x)
+
+    assert codes(check(*exact(function, [x]), [x])) == found
+
+
+def test_dropout():
+    def function(norm, x, drop=False):
+        return norm()(nn.Dropout(0.5, deterministic=not drop)(norm()(x)))
+
+    model, _ = exact(function, shuffled())
+    run = {"drop": True, "rngs": {"dropout": jax.random.key(1)}}
+    variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, data()[0])
+    variables = recalibrate(model, variables, shuffled(), **run)
+    assert check(model, variables, shuffled(), **run).output_change < 1e-5
+    # Without dropout, the second norm's input has half of the variance.
+    report = check(model, variables, shuffled(), drop=False)
+    assert report.layers[1].variance == pytest.approx(2, rel=0.2)
+
+
+def test_layers_of_a_scan():
+    # Each of its layers has as many values as the data.
+    x = [np.stack([x, x + 1, x - 1], 1) for x in shuffled()]
+    model = Scanned()
+    variables = model.init(jax.random.key(0), x[0], train=False)
+    (path,) = {finding.path for finding in check(model, variables, x, train=False).findings}
+    assert path == "ScanBlock_0/BatchNorm_0"
+    variables = recalibrate(model, variables, x, train=False)
+    report = check(model, variables, x, train=False)
+    assert report.ok
+    assert report.layers[0][:2] == (path, 3 * 640)
+
+
+@pytest.mark.parametrize(
+    "outputs, changes",
+    [
+        (lambda y: (y > 0, y.shape[0]), None),
+        (lambda y: {"mask": jnp.where(y > 0, -jnp.inf, 0.0), "y": y}, 0.5),
+        (lambda y: (y, 0 * y), 0.5),
+        (lambda y: jnp.asarray(y, jnp.bfloat16), 0.5),
+    ],
+)
+def test_outputs_of_any_form(outputs, changes):
+    """The running deviation is twice that of the data, so the outputs are half of the exact."""
+    model, variables = exact(lambda norm, x: outputs(norm(epsilon=0)(x)), shuffled())
+    variables["batch_stats"]["BatchNorm_0"]["var"] *= 4
+    change = check(model, variables, shuffled()).output_change
+    assert change == (None if changes is None else pytest.approx(changes, rel=1e-5))
+
+
+def test_the_change_of_a_number_is_relative_to_its_magnitude():
+    model, variables = exact(
+        lambda norm, x: (norm(epsilon=0)(x) ** 2).mean(), shuffled(64, batches=1)
+    )
+    variables["batch_stats"]["BatchNorm_0"]["var"] *= 2
+    report = check(model, variables, shuffled(64, batches=1))
+    assert report.output_change == pytest.approx(0.5, rel=1e-5)
+
+
+class JitNNX(nnx.Module):
+    def __init__(self):
+        self.norms = nnx.List([jaxbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0)) for _ in range(2)])
+
+    @nnx.jit
+    def __call__(self, x):
+        return self.norms[0](nnx.relu(self.norms[1](x)))
+
+
+class JitLinen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Norm(True, name="norms/0")(nn.relu(Norm(True, name="norms/1")(x)))
+
+
+def test_functions_that_were_compiled_before():
+    x = shuffled()
+    model = nn.jit(JitLinen)()
+    variables = model.init(jax.random.key(0), x[0])
+    model.apply(variables, x[0])
+    nnx_model = JitNNX()
+    nnx_model.eval()
+    nnx_model(x[0])
+    for _ in range(2):
+        for report in (check(model, variables, x), check(nnx_model, None, x)):
+            assert [row.path for row in report.layers] == ["norms/1", "norms/0"]
+            assert {code for _, code in codes(report)} == {"never-updated"}
+
+
+def test_bad_calls():
+    network, x = Linen(), data()
+    with raises(
+        TypeError,
+        "variables must be those of the model, got None: only a flax.nnx.Module holds its own, and "
+        "model is a LinenNet.",
+    ):
+        check(network.model, None, x)
+    with raises(
+        TypeError, "batches must be a list of batches, got a dict: put a single batch into a list."
+    ):
+        check(network.model, network.variables, {"x": x[0]})
+    with raises(ValueError, "batches must hold at least one batch, got none."):
+        check(network.model, network.variables, [])
+    with raises(
+        TypeError,
+        "model must be a flax.linen.Module, a flax.nnx.Module or a flax.nnx.GraphDef, got list.",
+    ):
+        check([], network.variables, x)
+    assert LAYERS[0] in str(network.check(x))
