@@ -47,6 +47,12 @@ def test_prints_both_accuracies(run):
     assert re.search(rf"own statistics\W+{result.accuracy['batch']:.2%}", printed)
 
 
+def test_ends_with_the_health_of_the_norms(run):
+    _, printed, _ = run
+    assert printed.endswith("The running statistics are healthy.\n")
+    assert re.search(r"^BatchNorm_3 +\d+ ", printed, re.M)
+
+
 def test_draws_pictures(run):
     _, _, out = run
     pictures = sorted(out.glob("*.png"))

@@ -11,7 +11,7 @@ from train_examples.common.config import Config, add_options, parse
 from train_examples.common.errors import run_command
 from train_examples.common.storage import writing
 from train_examples.digits.plots import write_pictures
-from train_examples.digits.run import Result, train
+from train_examples.digits.run import Result, check_norms, train
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
 
 
 def run(config: Config) -> Result:
-    """Train as `config` says, print the accuracies and write the pictures."""
+    """Train as `config` says, print accuracies and the state of the norms, and write pictures."""
     result = train(config)
     console = Console()
     console.print(accuracy_table(result))
@@ -40,6 +40,7 @@ def run(config: Config) -> Result:
         paths = write_pictures(result, config.out)
     for path in paths:
         console.print(f"wrote {path}")
+    print(check_norms(config, result))
     return result
 
 

@@ -1,4 +1,4 @@
-"""What the command computes: a trained network, its accuracies, the statistics it should have."""
+"""What the command computes: a trained network, its accuracies, and whether its norms are right."""
 
 from functools import partial
 from typing import NamedTuple, get_args
@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxbn.health import Report, check
 from train_examples.common import data
 from train_examples.common.config import Config
 from train_examples.common.history import History
@@ -25,12 +26,14 @@ class Result(NamedTuple):
       state: the trained network.
       history: the measurements of every step and epoch.
       accuracy: on the test set, by the statistics that normalize it.
-      training_statistics: of the training set, which the moving averages approach.
+      sample: images of the training set, shifted as in training.
+      training_statistics: those of the sample, which the moving averages approach.
     """
 
     state: TrainState
     history: History
     accuracy: dict[StatisticsSource, float]
+    sample: np.ndarray
     training_statistics: Tree
 
 
@@ -48,7 +51,17 @@ def train(config: Config, stop_after_epoch: int | None = None) -> Result:
         # Shifted as in training, which changes the statistics.
         rng = np.random.default_rng(config.seed)
         sample = data.shifted(dataset.train_images[:STATISTICS_IMAGES], rng)
-        return Result(state, history, accuracy, training_statistics(model, state, sample))
+        statistics = training_statistics(model, state, sample)
+        return Result(state, history, accuracy, sample, statistics)
+
+
+def check_norms(config: Config, result: Result) -> Report:
+    """Compare the moving averages with the exact statistics of the sample."""
+    variables = {"params": result.state.params, "batch_stats": result.state.batch_stats}
+    size = config.batch_size
+    batches = np.split(result.sample, range(size, len(result.sample), size))
+    with jax.enable_x64(config.dtype == "float64"):
+        return check(network(config), variables, batches, train=False)
 
 
 @partial(jax.jit, static_argnames="model")
