@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -119,7 +120,15 @@ def _epsilon(text: str) -> float:
     return value
 
 
+def _report_unraisable(unraisable: Any) -> None:
+    # Of many parallel reads of a damaged checkpoint, the first that fails ends Orbax's event loop,
+    # and the others complain.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _report_unraisable
     # Reading a checkpoint needs no accelerator, whose memory a training run may need.
     jax.config.update("jax_platforms", "cpu")
     sys.exit(main())

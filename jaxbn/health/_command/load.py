@@ -3,6 +3,7 @@
 import logging
 import re
 import stat
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,41 +34,47 @@ def read(path: Path, wanted: Wanted, step: int | None = None) -> Checkpoint:
     Raises:
       CheckpointError: it cannot be read. The text is one line.
     """
-    try:
-        status = path.stat()
-        is_directory = stat.S_ISDIR(status.st_mode)
-        if not is_directory:
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path} is neither a file nor a directory")
-            path.open("rb").close()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    if not is_directory and status.st_size == 0:
-        raise CheckpointError(f"{path} is empty")
-    if not is_directory and step is not None:
-        raise CheckpointError(f"{path} is a file, which has no steps: leave out --step")
-    if is_directory:
+    _check_path(path)
+    if path.is_dir():
         kind, reader = "Orbax checkpoint", orbax_directory.read
+    elif step is not None:
+        raise CheckpointError(f"{path} is a file, which has no steps: leave out --step")
     elif path.suffix == ".safetensors":
         kind, reader = "safetensors file", safetensors_file.read
     else:
         kind, reader = "PyTorch file", torch_file.read
     try:
         with _quiet_libraries():
-            if is_directory:
+            if path.is_dir():
                 step, path = orbax_directory.find_step(path, step)
-            arrays = reader(path, wanted)
+            return Checkpoint(step, reader(path, wanted))
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can raise anything
         raise CheckpointError(f"{path} is not a readable {kind}: {_reason(error)}") from None
-    return Checkpoint(step, arrays)
+
+
+def _check_path(path: Path) -> None:
+    """Raise a `CheckpointError` unless there is a readable directory, or file that is not empty."""
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            next(path.iterdir(), None)
+        elif not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is neither a file nor a directory")
+        elif not status.st_size:
+            raise CheckpointError(f"{path} is empty")
+        else:
+            path.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
+    """Return the first sentence of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines() or [""]
-    return re.sub(r"[.:]?\s*$", "", lines[0][:200]) or type(error).__name__
+    sentence = re.split(r"(?<=\w\.)\s", lines[0])[0].rstrip(".: ")
+    return textwrap.shorten(sentence, 200, placeholder=" ...") or type(error).__name__
 
 
 @contextmanager

@@ -61,8 +61,8 @@ def _read_tree(directory: Path, wanted: Wanted) -> dict[str, np.ndarray]:
     except ImportError:
         raise missing_package("orbax-checkpoint", f"the directory {directory}") from None
 
-    handler = ocp.PyTreeCheckpointHandler()
-    stored = handler.metadata(epath.Path(directory)).tree
+    handler, path = ocp.PyTreeCheckpointHandler(), epath.Path(directory.absolute())
+    stored = handler.metadata(path).tree
 
     def select(path: Any, leaf: Any) -> Any:
         return leaf if wanted(_name(path)) else ocp.PLACEHOLDER
@@ -71,7 +71,7 @@ def _read_tree(directory: Path, wanted: Wanted) -> dict[str, np.ndarray]:
     # As NumPy arrays, since the devices of the run may not exist here.
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), selected)
     arguments = ocp.args.PyTreeRestore(item=selected, restore_args=as_numpy)
-    restored = handler.restore(epath.Path(directory), args=arguments)
+    restored = handler.restore(path, args=arguments)
     leaves = jax.tree_util.tree_flatten_with_path(restored)[0]
     return {_name(path): np.asarray(leaf) for path, leaf in leaves if leaf is not ocp.PLACEHOLDER}
 

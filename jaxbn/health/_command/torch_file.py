@@ -37,18 +37,25 @@ def read(path: Path, wanted: Wanted) -> dict[str, np.ndarray]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # The rest of PyTorch's message says how to run that code.
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(
-                f"{path} holds more than tensors, {found[1]}, and loading that could run code; "
-                f"save the model's state_dict() instead"
-            ) from None
-        raise
+        raise _without_advice(path, error) from None
     return {
         name: np.asarray(_entries.array(tensor))
         for name, tensor in _tensors(loaded, torch.Tensor)
         if wanted(name)
     }
+
+
+def _without_advice(path: Path, error: Exception) -> Exception:
+    """Return the error for one of PyTorch's, whose messages say how to run the code in a file."""
+    code = re.search(r"GLOBAL (\S+)|TorchScript", str(error))
+    if code:
+        return CheckpointError(
+            f"{path} holds more than tensors, {code[1] or code[0]}, and loading that could run "
+            f"code; save the model's state_dict() instead"
+        )
+    if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+        return error
+    return CheckpointError(f"{path} is damaged, or torch.save did not write it")
 
 
 def _tensors(loaded: Any, kind: type) -> Iterator[tuple[str, Any]]:
