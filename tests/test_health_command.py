@@ -214,10 +214,23 @@ def test_picture(layers, capsys, tmp_path):
     rng = np.random.default_rng(0)
     names = [f"layer{k}.bn" for k in range(layers)]
     norms = {name: (rng.normal(size=16), rng.uniform(0.5, 2, 16)) for name in names}
-    norms["layer0.bn"] = (np.full(16, np.nan), np.ones(16))
+    del norms["layer0.bn"]
+    # Not mathematics, as Matplotlib would have it.
+    norms[r"$\frac$"] = (np.full(16, np.nan), np.ones(16))
     path = checkpoints.save_statistics(tmp_path / "x.safetensors", norms)
     found(capsys, path, "--png", tmp_path / "x", status=1)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_the_largest_numbers_and_of_none(capsys, tmp_path):
+    largest = torch.tensor([np.finfo(np.float64).max, 0], dtype=torch.float64)
+    for mean in (largest, largest[:0]):
+        norm = {"bn.running_mean": mean, "bn.running_var": torch.ones_like(mean)}
+        torch.save(norm, tmp_path / "x.pt")
+        report = found(capsys, tmp_path / "x.pt", "--epsilon=0", "--png", tmp_path / "x.png")
+        assert report["layers"][0]["mean_in_deviations"] == ([0, mean.max()] if len(mean) else None)
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "x.png").unlink()
 
 
 def test_what_the_picture_shows(tmp_path, monkeypatch):

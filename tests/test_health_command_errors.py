@@ -71,6 +71,7 @@ CALLS_MKDIR = f"{{}} holds more than tensors, {os.mkdir.__module__}.mkdir, {NOT_
         (attack_pickle, DAMAGED),
         (attack_array, DAMAGED),
     ],
+    ids=["zip", "before zip", "pickle", "array"],
 )
 def test_code_in_a_file_is_not_run(write_attack, text, suffix, capsys, tmp_path):
     made = tmp_path / "made by the attack"

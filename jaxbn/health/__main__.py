@@ -32,6 +32,47 @@ has no batch norms. No code in a checkpoint is run.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
+    options = _parse(arguments)
+    try:
+        checkpoint = read(options.checkpoint, is_statistic, options.step)
+        layers, skipped = find_layers(checkpoint.arrays)
+        if not layers:
+            reasons = "".join(f"; skipped {text}" for text in skipped)
+            names = names_looked_for()
+            raise CheckpointError(
+                f"{options.checkpoint} has no batch norms: no layer has {names}{reasons}"
+            )
+    except CheckpointError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+
+    findings = [f for layer in layers for f in judge.find_faults(layer, options.epsilon)]
+    found = {
+        "checkpoint": str(options.checkpoint),
+        "step": checkpoint.step,
+        "epsilon": options.epsilon,
+        "layers": [judge.describe(layer, options.epsilon) for layer in layers],
+        "findings": [finding._asdict() for finding in findings],
+        "skipped": skipped,
+    }
+    # Before printing, since whoever reads a pipe may stop early.
+    if options.png is not None:
+        picture.draw_picture(
+            layers,
+            [report.faults(layer, found["findings"]) for layer in found["layers"]],
+            options.png,
+            title=report.heading(found),
+            epsilon=options.epsilon,
+        )
+    if options.json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        report.show(found)
+    return 1 if findings else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options, after checking all that can be checked before reading."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxbn.health",
         description=__doc__,
@@ -72,42 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.png = picture_path(options.png)
         except ValueError as error:
             parser.error(f"argument --png: {error}")
-
-    try:
-        checkpoint = read(options.checkpoint, is_statistic, options.step)
-        layers, skipped = find_layers(checkpoint.arrays)
-        if not layers:
-            reasons = "".join(f"; skipped {text}" for text in skipped)
-            names = names_looked_for()
-            raise CheckpointError(
-                f"{options.checkpoint} has no batch norms: no layer has {names}{reasons}"
-            )
-    except CheckpointError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-
-    findings = [f for layer in layers for f in judge.find_faults(layer, options.epsilon)]
-    found = {
-        "checkpoint": str(options.checkpoint),
-        "step": checkpoint.step,
-        "epsilon": options.epsilon,
-        "layers": [judge.describe(layer, options.epsilon) for layer in layers],
-        "findings": [finding._asdict() for finding in findings],
-        "skipped": skipped,
-    }
-    if options.json:
-        print(json.dumps(found, indent=2, allow_nan=False))
-    else:
-        report.show(found)
-    if options.png is not None:
-        picture.draw_picture(
-            layers,
-            [report.faults(layer, found["findings"]) for layer in found["layers"]],
-            options.png,
-            title=report.heading(found),
-            epsilon=options.epsilon,
-        )
-    return 1 if findings else 0
+    return options
 
 
 def _epsilon(text: str) -> float:

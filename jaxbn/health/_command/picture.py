@@ -12,6 +12,8 @@ from jaxbn.health._command.layers import Layer
 _SOUND, _FAULTY = "#0072B2", "#D55E00"
 # Means farther away than this, in deviations, are drawn on a logarithmic axis.
 _LINEAR = 3.0
+# Numbers farther away are drawn here, since Matplotlib computes with them.
+_FARTHEST = 1e300
 # In inches. A row is lower if there are so many layers that the picture would be too high.
 _ROW, _HIGHEST, _MARGINS = 0.2, 80.0, 1.3
 _WIDTH, _LETTER = 7.5, 0.06
@@ -43,7 +45,8 @@ def draw_picture(
     axes = figure.subplots()
     largest = 0.0
     for k, (layer, fault) in enumerate(zip(layers, found, strict=True)):
-        values, colour = standardized_means(layer, epsilon), _FAULTY if fault else _SOUND
+        values = np.clip(standardized_means(layer, epsilon), -_FARTHEST, _FARTHEST)
+        colour = _FAULTY if fault else _SOUND
         if not values.size:
             axes.plot(0, k, "x", color=colour, ms=6)
             continue
@@ -52,6 +55,8 @@ def draw_picture(
         axes.plot([least, most], [k, k], color=colour, lw=1)
         axes.barh(k, high - low, left=low, height=0.6, color=colour, alpha=0.5)
         axes.plot(median, k, "|", color=colour, ms=7, mew=2)
+    reach = max(1.0, 1.1 * largest)
+    axes.set_xlim(-reach, reach)
     if largest > 2 * _LINEAR:
         axes.set_xscale("symlog", linthresh=_LINEAR)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -59,14 +64,16 @@ def draw_picture(
     axes.grid(axis="x", color="0.9", lw=0.6)
     axes.set_axisbelow(True)
     size = min(8.0, row * 72 * 0.6)
-    axes.set_yticks(range(n), [layer.path for layer in layers], fontsize=size)
+    # Dollars in a name are not mathematics.
+    literal = {"fontsize": size, "parse_math": False}
+    axes.set_yticks(range(n), [layer.path for layer in layers], **literal)
     axes.set_ylim(n - 0.4, -0.6)
     notes = axes.secondary_yaxis("right")
-    notes.set_yticks(range(n), found, fontsize=size, color=_FAULTY)
+    notes.set_yticks(range(n), found, **literal, color=_FAULTY)
     notes.tick_params(length=0)
     axes.set_xlabel(
         f"running mean / sqrt(running variance + {epsilon:g}), over the features of each layer:\n"
         "line: all; box: the middle half; tick: median; x: none is finite"
     )
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=150)
