@@ -15,7 +15,7 @@ def impossible_values(path: str, mean: np.ndarray, var: np.ndarray) -> Iterator[
             yield Finding(
                 path,
                 "non-finite",
-                f"The running {name} of {_features(bad)} is not finite. A batch held NaN or "
+                f"The running {name} of {features(bad)} is not finite. A batch held NaN or "
                 f"infinity, which running averages never forget: load or recalibrate the "
                 f"statistics (jaxbn.calibrate.recalibrate), and train with jaxbn.keep_finite.",
             )
@@ -24,7 +24,7 @@ def impossible_values(path: str, mean: np.ndarray, var: np.ndarray) -> Iterator[
         yield Finding(
             path,
             "negative-variance",
-            f"The running variance of {_features(negative)} is negative, {np.nanmin(var):.3g} at "
+            f"The running variance of {features(negative)} is negative, {np.nanmin(var):.3g} at "
             f"the lowest. No data has such a variance: it was computed as E[x^2] - E[x]^2, which "
             f"cancels far from zero, or the statistics were averaged or loaded wrongly. "
             f"Recalibrate them (jaxbn.calibrate.recalibrate).",
@@ -38,7 +38,7 @@ def small_variances(path: str, var: np.ndarray, epsilon: float) -> Iterator[Find
         yield Finding(
             path,
             "dead-features",
-            f"The running variance of {_features(small)} is below epsilon, {epsilon:g}. Their "
+            f"The running variance of {features(small)} is below epsilon, {epsilon:g}. Their "
             f"inputs hardly vary, and the layer divides them by sqrt(epsilon) instead of their "
             f"deviation. Look for dead units, or pruned or zero-initialized channels, in the layer "
             f"before; if the inputs are small on purpose, use a smaller epsilon.",
@@ -55,8 +55,13 @@ def as_initialized(mean: np.ndarray, var: np.ndarray) -> bool:
     return bool(np.all(mean == 0) and np.all(var == 1))
 
 
-def _features(which: np.ndarray) -> str:
+def features(which: np.ndarray) -> str:
     """Return how many features are meant, and the index of the first."""
-    first = np.argwhere(which)[0].tolist()
-    index = first[0] if len(first) == 1 else tuple(first)
-    return f"{np.count_nonzero(which)} of {which.size} features (the first: {index})"
+    first = feature(which.shape, int(np.argmax(which)))
+    return f"{np.count_nonzero(which)} of {which.size} features (the first: {first})"
+
+
+def feature(shape: tuple[int, ...], flat_index: int) -> str:
+    """Return the index of a feature as text: a number or, of several axes, a tuple."""
+    index = tuple(int(i) for i in np.unravel_index(flat_index, shape))
+    return str(index[0] if len(index) == 1 else index)
