@@ -31,6 +31,25 @@ def impossible_values(path: str, mean: np.ndarray, var: np.ndarray) -> Iterator[
         )
 
 
+def small_variances(path: str, var: np.ndarray, epsilon: float) -> Iterator[Finding]:
+    """Yield a finding for variances from 0 to less than epsilon, as dead features have."""
+    small = is_small(var, epsilon)
+    if np.any(small):
+        yield Finding(
+            path,
+            "dead-features",
+            f"The running variance of {features(small)} is below epsilon, {epsilon:g}. Their "
+            f"inputs hardly vary, and the layer divides them by sqrt(epsilon) instead of their "
+            f"deviation. Look for dead units, or pruned or zero-initialized channels, in the layer "
+            f"before; if the inputs are small on purpose, use a smaller epsilon.",
+        )
+
+
+def is_small(var: np.ndarray, epsilon: float) -> np.ndarray:
+    """Return which variances are from 0 to less than epsilon."""
+    return (var >= 0) & (var < epsilon)
+
+
 def as_initialized(mean: np.ndarray, var: np.ndarray) -> bool:
     """Return whether all means are 0 and all variances 1, as initialization makes them."""
     return bool(np.all(mean == 0) and np.all(var == 1))

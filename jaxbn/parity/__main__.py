@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from jaxbn._picture_path import picture_path
 from jaxbn.parity._command import picture, tables
 from jaxbn.parity._command.frameworks import FRAMEWORKS
 from jaxbn.parity._command.measurements import measure_frameworks
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if options.png is not None:
         try:
-            options.png = picture.picture_path(options.png)
+            options.png = picture_path(options.png)
         except ValueError as error:
             parser.error(f"argument --png: {error}")
 

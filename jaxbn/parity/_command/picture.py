@@ -12,31 +12,6 @@ from jaxbn.parity._command.tables import keyword_values
 _EXACT, _NOT_A_NUMBER = 1e-9, 1e7
 
 
-def picture_path(path: Path) -> Path:
-    """Return the path that `draw_picture` will write to. Needs Matplotlib.
-
-    Raises:
-      ValueError: Matplotlib cannot write files with this ending, or the file is not writable.
-    """
-    from matplotlib.figure import Figure
-
-    path = path if path.suffix else path.with_name(f"{path.name}.png")
-    formats = sorted(Figure().canvas.get_supported_filetypes())
-    if path.suffix[1:].lower() not in formats:
-        raise ValueError(
-            f"{path} ends in {path.suffix}, which Matplotlib cannot write; it writes "
-            f"{', '.join(formats)}"
-        )
-    is_new = not path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ValueError(f"cannot write to {path}: {error.strerror}") from error
-    if is_new:
-        path.unlink()
-    return path
-
-
 def draw_picture(measured: Mapping[str, Any], path: Path) -> None:
     """Draw the errors, with a panel per result and a colour per layer. Needs Matplotlib."""
     from matplotlib.figure import Figure

@@ -1,0 +1,1 @@
+"""What `python -m jaxbn.health` is made of."""
