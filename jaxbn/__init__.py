@@ -4,6 +4,7 @@ import importlib
 import typing
 
 from jaxbn._batch_norm import batch_norm as batch_norm
+from jaxbn._batch_renorm import batch_renorm as batch_renorm
 from jaxbn._conventions import EXERCISE as EXERCISE
 from jaxbn._conventions import FLAX as FLAX
 from jaxbn._conventions import KERAS as KERAS
@@ -18,6 +19,7 @@ __all__ = [
     "KERAS",
     "PYTORCH",
     "batch_norm",
+    "batch_renorm",
     "decay_mask",
     "init",
     "keep_finite",

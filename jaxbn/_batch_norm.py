@@ -1,6 +1,6 @@
 """Batch normalization."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar, cast
 
@@ -26,6 +26,9 @@ _keep_only_moments = partial(
     prevent_cse=False,
 )
 StateT = TypeVar("StateT", bound=State | None)
+# Takes the mean of a batch, as the unevaluated sum of two floats, its variance, and the running
+# mean and variance; returns r and d of batch renormalization.
+Correction = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def batch_norm(
@@ -132,16 +135,36 @@ def batch_norm(
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
     )
+    return normalize_and_update(params, state, x, train, options, mask, dtype)
+
+
+def normalize_and_update(
+    params: Params,
+    state: StateT,
+    x: ArrayLike,
+    train: bool,
+    options: Options,
+    mask: ArrayLike | None,
+    dtype: DTypeLike | None,
+    correct: Correction | None = None,
+) -> tuple[jax.Array, StateT]:
+    """Return the normalized batch and the new state, as `batch_norm` does.
+
+    Args:
+      params, state, x, train, mask, dtype: as in `batch_norm`.
+      options: the others.
+      correct: the correction of batch renormalization, or None.
+    """
     options.check()
-    call = checked(params, state, x, train, axis, mask, dtype, virtual_batch_size)
+    call = checked(params, state, x, train, options.axis, mask, dtype, options.virtual_batch_size)
     options.check_fit(call, state)
 
     scale = call.feature(params.get("scale", 1))
     bias = call.feature(params.get("bias", 0))
     running = None if state is None else [call.feature(state[key]) for key in ("mean", "var")]
-    eps = jnp.asarray(epsilon, scale.dtype)
+    eps = jnp.asarray(options.epsilon, scale.dtype)
     # Devices share the statistics that normalize or, with ghost batches, those that are tracked.
-    devices, no_devices = (axis_name, axis_index_groups), (None, None)
+    devices, no_devices = (options.axis_name, options.axis_index_groups), (None, None)
     sharing, averaging = (devices, no_devices) if call.ghosts is None else (no_devices, devices)
 
     @_keep_only_moments
@@ -151,34 +174,42 @@ def batch_norm(
         return y.astype(call.dtype)
 
     @_keep_only_moments
-    def normalize_by_batch(x, mask, scale, bias, running_mean):
+    def normalize_by_batch(x, mask, scale, bias, running_mean, running_var):
         # Otherwise XLA for CPUs keeps and normalizes the wider values that `x` was rounded from.
         (x,) = _fusion.own_reading(x.dtype, x)
         wide = x.astype(scale.dtype)
         batch = moments(wide, mask, running_mean, x.dtype, call.axes, *sharing)
         mean = lax.stop_gradient(batch.mean_high), batch.mean_low
-        var = variance(batch, batch_variance)
-        y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var, eps)
+        var = variance(batch, options.batch_variance)
+        r_and_d = None
+        if correct is not None:
+            r_and_d = lax.stop_gradient(correct(*mean, var, running_mean, running_var))
+        y = _normalize(wide, x.dtype, mask, scale, bias, *mean, var, eps, r_and_d)
         return y.astype(call.dtype), batch
 
     if running is not None and not call.train:
         return normalize_by_running(call.x, call.mask, scale, bias, *running), state
 
-    arguments = (call.x, call.mask, scale, bias, None if running is None else running[0])
+    arguments = (call.x, call.mask, scale, bias, *(running or (None, None)))
     y, batches = in_groups(normalize_by_batch, call.ghosts)(*arguments)
     if state is None:
         return y, state
-    new_state = update(state, batches, momentum, running_variance, *averaging)
+    new_state = update(state, batches, options.momentum, options.running_variance, *averaging)
     return y, cast(StateT, lax.stop_gradient(new_state))
 
 
-def _normalize(x, input_dtype, mask, scale, bias, mean_high, mean_low, var, epsilon):
+def _normalize(x, input_dtype, mask, scale, bias, mean_high, mean_low, var, epsilon, r_and_d=None):
     """Return `scale (x - mean) / sqrt(var + epsilon) + bias`, and `bias` where the mask is False.
 
-    The slope and the offset are computed once per feature, so that the derivative takes two sums.
+    With `r_and_d`, it is `scale ((x - mean) / sqrt(var + epsilon) r + d) + bias`. The slope and the
+    offset are computed once per feature, so that the derivative takes two sums.
     """
-    slope = scale / jnp.sqrt(var + epsilon)
-    offset = bias - mean_low * slope
+    factor, shifted_bias = scale, bias
+    if r_and_d is not None:
+        r, d = r_and_d
+        factor, shifted_bias = scale * r, bias + scale * d
+    slope = factor / jnp.sqrt(var + epsilon)
+    offset = shifted_bias - mean_low * slope
     if mask is None:
         return _fusion.line(input_dtype, x, mean_high, slope, offset)
     # The mean is not a number of the input's dtype, so the line reads `x` in its wider one.

@@ -147,6 +147,14 @@ def epsilon(epsilon: Any) -> None:
         raise ValueError(f"epsilon must be a finite number, not negative, got {epsilon!r}.")
 
 
+def renorm_limit(name: str, value: Any, least: int) -> None:
+    """Check a limit of batch renormalization, which may be infinite."""
+    known = known_number(value)
+    is_scalar = np.ndim(value) == 0 if known is None else known >= least
+    if not is_scalar:
+        raise ValueError(f"{name} must be a number of at least {least}, got {value!r}.")
+
+
 def estimator(name: str, value: Any) -> None:
     if value not in ("biased", "unbiased"):
         raise ValueError(f"{name} must be 'biased' or 'unbiased', got {value!r}.")

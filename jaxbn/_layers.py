@@ -1,6 +1,7 @@
 """What the Linen and NNX layers share: checks of their options, conversions of their inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _checks
+from jaxbn._batch_norm import batch_norm
+from jaxbn._batch_renorm import batch_renorm
 from jaxbn._options import Options
 
 
@@ -26,7 +29,27 @@ def checked_options(layer: Any) -> dict[str, Any]:
     if layer.dtype is not None:
         _checks.floating_dtype("dtype", layer.dtype)
     _checks.floating_dtype("param_dtype", layer.param_dtype)
+    if (limits := _renorm_limits(layer)) is not None:
+        _checks.renorm_limit("r_max", limits["r_max"], least=1)
+        _checks.renorm_limit("d_max", limits["d_max"], least=0)
     return options._asdict()
+
+
+def function_of(layer: Any) -> Callable[..., tuple[jax.Array, Any]]:
+    """Return `batch_norm`, or `batch_renorm` with the limits that a layer has."""
+    limits = _renorm_limits(layer)
+    return batch_norm if limits is None else partial(batch_renorm, **limits)
+
+
+def _renorm_limits(layer: Any) -> dict[str, Any] | None:
+    """Return `r_max` and `d_max` of a layer for batch renormalization, and None for others.
+
+    In an NNX layer they may be variables.
+    """
+    if getattr(layer, "r_max", None) is None:
+        return None
+    limits = {"r_max": layer.r_max, "d_max": getattr(layer, "d_max", None)}
+    return {k: v.get_value() if hasattr(v, "get_value") else v for k, v in limits.items()}
 
 
 def floating_input(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:

@@ -17,7 +17,11 @@ FLAX_LACKS: Mapping[str, Any] = {
     "track": True,
 }
 # What a rule may change. The other options determine shapes, or belong to the model's code.
-_CHANGEABLE = ("frozen", "track", *(name for name in Options._fields if name != "axis"))
+_CHANGEABLE = (
+    *("frozen", "track"),
+    *(name for name in Options._fields if name != "axis"),
+    *("r_max", "d_max"),
+)
 # A layer that each rule has to fit. It has a mapped axis, so that a rule may give it only groups.
 _ANY_LAYER = {
     "axis": -1,
@@ -91,5 +95,8 @@ def _check(pattern: Any, options: Any) -> None:
     for name in ("frozen", "track"):
         if name in options:
             _checks.python_bool(name, options[name])
+    for name, least in (("r_max", 1), ("d_max", 0)):
+        if name in options:
+            _checks.renorm_limit(name, options[name], least)
     values = _ANY_LAYER | dict(options)
     Options(*(values[name] for name in Options._fields)).check()

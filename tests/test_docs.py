@@ -22,8 +22,8 @@ NAMES = {
         *("to_equinox", "to_haiku", "to_keras", "to_torch"),
     ],
     "inference": ["fold", "fold_linen"],
-    "linen": ["BatchNorm", "override"],
-    "nnx": ["BatchNorm", "override"],
+    "linen": ["BatchNorm", "BatchRenorm", "override"],
+    "nnx": ["BatchNorm", "BatchRenorm", "override"],
     "parity": [
         *("ConventionError", "DifferentiableLayer", "Layer", "Report", "assert_parity"),
         *("batch_norm_layer", "compare", "compare_models", "equinox_layer", "haiku_layer"),
@@ -50,7 +50,7 @@ def test_public_names():
         == public(jaxbn)
         == {
             *("EXERCISE", "FLAX", "KERAS", "PYTORCH"),
-            *("batch_norm", "decay_mask", "init", "keep_finite"),
+            *("batch_norm", "batch_renorm", "decay_mask", "init", "keep_finite"),
         }
     )
 

@@ -247,7 +247,7 @@ def test_a_model_without_batch_norms_is_refused():
          '{"frozen": True}.'),
         ({"**": {"axis": 1}}, ValueError, "rules['**'] may have the options 'frozen', 'track', "
          "'momentum', 'epsilon', 'batch_variance', 'running_variance', 'axis_name', "
-         "'axis_index_groups', 'virtual_batch_size'; got 'axis'."),
+         "'axis_index_groups', 'virtual_batch_size', 'r_max', 'd_max'; got 'axis'."),
         ({"**": {"momentum": 2}}, ValueError, "momentum must be None or lie in [0, 1], got 2. It "
          "is the weight of the old value: PyTorch's momentum is one minus it."),
         ({"**": {"frozen": "yes"}}, ValueError, "frozen must be a Python bool, got 'yes' of type "

@@ -163,7 +163,7 @@ class BatchNorm(nn.Module):
             options |= _INITIALIZING
             return batch_norm(params, None, x, True, **options)[0]
         state = {name: stat.value for name, stat in stats.items()}
-        y, state = batch_norm(params, state, x, train, **options)
+        y, state = _layers.function_of(self)(params, state, x, train, **options)
         if train and self.track:
             _assign(stats, state)
         return y

@@ -40,8 +40,9 @@ def override(fn: Function, rules: Mapping[str, Mapping[str, Any]]) -> Function:
         such as "backbone/BatchNorm_0": "*" stands for any characters of a name, "**" for any number
         of names, including none. The options are a mapping with any of `frozen`, `track`,
         `momentum`, `epsilon`, `axis_name`, `axis_index_groups`, `virtual_batch_size`,
-        `batch_variance` and `running_variance`, as `jaxbn.linen.BatchNorm` has them. If several
-        rules match a layer, the later ones win.
+        `batch_variance` and `running_variance`, as `jaxbn.linen.BatchNorm` has them, and `r_max`
+        and `d_max`, with which a layer computes as `jaxbn.linen.BatchRenorm` does. If several rules
+        match a layer, the later ones win.
 
     Returns:
       A function of the signature of `fn`. It raises ValueError if a pattern matches neither a batch

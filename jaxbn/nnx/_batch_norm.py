@@ -13,7 +13,6 @@ from flax.typing import Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _call_checks, _checks, _layers
-from jaxbn._batch_norm import batch_norm
 from jaxbn._init import init
 from jaxbn._running import Estimator
 
@@ -207,7 +206,7 @@ class BatchNorm(nnx.Module):
             state = {"mean": mean, "var": var}
         params = {k: v for k, v in {"scale": scale, "bias": bias}.items() if v is not None}
         options |= {"mask": _layers.boolean_mask(mask), "dtype": dtype}
-        y, state = batch_norm(params, state, x, train, **options)
+        y, state = _layers.function_of(self)(params, state, x, train, **options)
         if train and self.track:
             for name, stat in stats.items():
                 stat.set_value(state[name])

@@ -30,7 +30,8 @@ def override(model: nnx.Module, rules: Mapping[str, Mapping[str, Any]]) -> None:
         including none. The path of a shared layer is the first one, as in `nnx.state(model)`. The
         options are a mapping with any of `frozen`, `track`, `momentum`, `epsilon`, `axis_name`,
         `axis_index_groups`, `virtual_batch_size`, `batch_variance` and `running_variance`, as
-        `jaxbn.nnx.BatchNorm` has them. If several rules match a layer, the later ones win.
+        `jaxbn.nnx.BatchNorm` has them, and `r_max` and `d_max`, with which a layer computes as
+        `jaxbn.nnx.BatchRenorm` does. If several rules match a layer, the later ones win.
 
     Raises:
       TypeError: `model` is not an `nnx.Module`, or `rules` is not a mapping of strings to mappings.
