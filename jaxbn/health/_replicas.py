@@ -125,7 +125,7 @@ def _check_parameters(variables: Any, size: int) -> None:
     from flax import nnx
 
     is_state = isinstance(variables, nnx.State)
-    parameters = variables.filter(nnx.Param) if is_state else variables.get("params", {})
+    parameters = nnx.filter_state(variables, nnx.Param) if is_state else variables["params"]
     for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
         if np.shape(leaf)[:1] == (size,) and np.any(np.asarray(leaf) != np.asarray(leaf)[:1]):
             raise ValueError(

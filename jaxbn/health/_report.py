@@ -16,6 +16,9 @@ _LEGEND = (
     "change: of the normalized output by the running statistics (RMS). mean, variance: running "
     "against exact ones, of the worst feature, in deviations and as a ratio."
 )
+_NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|nan|inf"
+# A number, or the index of a feature that lies on several axes.
+_NUMBERS = re.compile(rf"\((?:{_NUMBER})(?:, (?:{_NUMBER}))+\)|{_NUMBER}")
 
 
 class LayerRow(NamedTuple):
@@ -101,7 +104,7 @@ def _alike(findings: Iterable[Finding]) -> list[list[Finding]]:
     """Group findings of the same code whose texts differ only in numbers."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
-        words = re.sub(r"\(?-?[\d.]+(e[+-]?\d+)?(, [\d.]+)*\)?", "#", finding.text)
+        words = _NUMBERS.sub("#", finding.text)
         groups.setdefault((finding.code, words), []).append(finding)
     return list(groups.values())
 
