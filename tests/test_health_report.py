@@ -62,7 +62,7 @@ off: entry, exit
 few-values: entry
   Too few.
 
-eval-differs: the network
+eval-differs: (the model)
   So it is."""
     )
     with raises(AssertionError, str(report)):

@@ -89,7 +89,9 @@ class Report:
         ]
         for path, values, *numbers in self.layers:
             formatted = ("-" if math.isnan(number) else f"{number:.2g}" for number in numbers)
-            cells.append((path, str(values or "-"), *formatted, ", ".join(codes.get(path, []))))
+            cells.append(
+                (_shown(path), str(values or "-"), *formatted, ", ".join(codes.get(path, [])))
+            )
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return [
             "  ".join(
@@ -112,12 +114,17 @@ def _alike(findings: Iterable[Finding]) -> list[list[Finding]]:
 def _paragraph(alike: list[Finding]) -> list[str]:
     """Return the lines about findings that have the same fault in several layers."""
     first, paths = alike[0], [finding.path for finding in alike]
-    where = ", ".join(paths[:_MAX_PATHS]) or "the network"
+    where = ", ".join(map(_shown, paths[:_MAX_PATHS]))
     if len(paths) > _MAX_PATHS:
         where += f" and {len(paths) - _MAX_PATHS} more"
-    example = f"{first.path}: " if len(paths) > 1 else ""
+    example = f"{_shown(first.path)}: " if len(paths) > 1 else ""
     heading = f"{first.code}: {where}"
     return [*_wrapped(heading), *_wrapped(f"{example}{first.text}", "  ")]
+
+
+def _shown(path: str) -> str:
+    """Return a path, or what stands for the empty path of the whole model."""
+    return path or "(the model)"
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
