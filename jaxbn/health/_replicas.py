@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._patterns import as_text
 from jaxbn.calibrate._batches import join, split
 from jaxbn.calibrate._observable import observable
 from jaxbn.calibrate._observe import ObservableModel
 from jaxbn.calibrate._statistics import leaf_indices
 from jaxbn.health._distance import State
 from jaxbn.health._finding import Finding
-from jaxbn._patterns import as_text
 from jaxbn.health._running_statistics import feature
 
 # Devices may round differently.
