@@ -159,3 +159,21 @@ NETWORKS: Mapping[str, Callable[..., Any]] = {
 def codes(report):
     """Return the path and the code of each finding."""
     return [(finding.path, finding.code) for finding in report.findings]
+
+
+class Model(nn.Module):
+    """A model that is a function of a batch norm and its inputs."""
+
+    function: Callable[..., Any]
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, *args, **kwargs):
+        return self.function(partial(jaxbn.linen.BatchNorm, not self.train), *args, **kwargs)
+
+
+def exact(function, batches, train=False) -> Any:
+    """Return the model, and variables with the exact statistics of batches, which are arrays."""
+    variables = Model(function).init(jax.random.key(0), batches[0])
+    variables = recalibrate(Model(function), variables, batches)
+    return Model(function, train), variables

@@ -205,3 +205,18 @@ def test_an_empty_batch_has_no_effect():
     want = run([x[:3], x[3:]])
     for batches in ([x[:0], x[:3], x[3:]], [x[:3], x[:0], x[3:]], [x[:3], x[3:], x[:0]]):
         jax.tree.map(np.testing.assert_array_equal, run(batches), want)
+
+
+def test_a_model_that_was_compiled_before():
+    """The compiled function of `nn.jit` has a cache, from which calls would not be observed."""
+    x = data(shape=(10, 4))
+    model = nn.jit(Repeated, static_argnums=(2, 3, 4))()
+    variables = model.init(jax.random.key(0), x, False)
+    for train in (True, False):
+        run = partial(model.apply, variables, x, train, mutable=["batch_stats"])
+        jax.eval_shape(lambda run=run: run())
+        model.apply(variables, x, False)
+        for _ in range(2):
+            got = recalibrate(model, variables, [(x[:3], train), (x[3:], train)])
+            want = recalibrate(Repeated(), variables, [x], train=train)
+            assert_close(got, want, TOLERANCE["float32"])

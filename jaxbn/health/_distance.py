@@ -45,6 +45,9 @@ def change(running: State, exact: State, epsilon: float) -> np.ndarray:
         std_running, std_exact = (np.sqrt(state.var + epsilon) for state in (running, exact))
         shift = (exact.mean - running.mean) / std_running
         stretch = np.sqrt(exact.var) / std_exact * (std_exact / std_running - 1)
+        # A deviation of zero, which needs an epsilon of zero, divides zero by zero.
+        is_equal, is_constant = exact.mean == running.mean, exact.var == 0
+        shift, stretch = np.where(is_equal, 0, shift), np.where(is_constant, 0, stretch)
         return np.sqrt(shift**2 + stretch**2)
 
 

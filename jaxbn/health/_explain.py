@@ -59,17 +59,13 @@ def _weight_of_initialization(running: State, exact: State, epsilon: float) -> f
 
         \mu_r - \mu_e = -a \mu_e, \quad \sigma_r^2 - \sigma_e^2 = a (1 - \sigma_e^2)
     """
-    var = running.var + epsilon
-    std = np.sqrt(var)
-    slope = np.concatenate([np.ravel(-exact.mean / std), np.ravel((1 - exact.var) / var)])
-    moved = np.concatenate(
-        [
-            np.ravel((running.mean - exact.mean) / std),
-            np.ravel((running.var - exact.var) / var),
-        ]
-    )
-    scale = float(slope @ slope)
-    return float(slope @ moved) / scale if scale > 0 else 0.0
+    with np.errstate(all="ignore"):
+        var = running.var + epsilon
+        std = np.sqrt(var)
+        slope = np.stack([-exact.mean / std, (1 - exact.var) / var])
+        moved = np.stack([(running.mean - exact.mean) / std, (running.var - exact.var) / var])
+        # NaN, where there is nothing to fit, explains nothing.
+        return float(np.sum(slope * moved) / np.sum(slope**2))
 
 
 def _updates(lag: float, momentum: float | None) -> str:

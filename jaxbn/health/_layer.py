@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxbn._patterns import as_text
 from jaxbn.calibrate._called_layers import LayerFacts
 from jaxbn.calibrate._observe import ObservableModel, PerCall
 from jaxbn.calibrate._observe_batch import BatchObserver
@@ -102,7 +103,7 @@ def checked_layers(
     closest = closest_batches(observe, batches, running, epsilons)
     layers = layers_in_evaluation(model, calls) | {
         layer: CheckedLayer(
-            text_of(layer),
+            as_text(layer),
             facts[layer],
             running[layer],
             exact[layer],
@@ -119,15 +120,10 @@ def layers_in_evaluation(
 ) -> dict[LayerPath, CheckedLayer]:
     """Return the layers that normalize with their running statistics, though others train."""
     return {
-        layer: CheckedLayer(text_of(layer), model.called.facts[layer], running, None, (), None)
+        layer: CheckedLayer(as_text(layer), model.called.facts[layer], running, None, (), None)
         for layer, running in states(model.statistics).items()
         if layer in model.called.facts and layer not in calls
     }
-
-
-def text_of(layer: LayerPath) -> str:
-    """Return the path of a layer as text, as the patterns of `override` match it."""
-    return "/".join(map(str, layer))
 
 
 def states(statistics: Any) -> dict[LayerPath, State]:

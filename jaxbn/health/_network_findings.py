@@ -43,7 +43,7 @@ def network_findings(
         f"deviations from that with exact statistics, although those of each layer agree. "
     )
     if shared:
-        names = ", ".join(layer.path or "the model itself" for layer in shared)
+        names = ", ".join(layer.path or "the model" for layer in shared)
         return [
             Finding(
                 "",

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._patterns import as_text
 from jaxbn.calibrate._batches import join, split
 from jaxbn.calibrate._observable import observable
 from jaxbn.calibrate._observe import ObservableModel
 from jaxbn.calibrate._statistics import leaf_indices
 from jaxbn.health._distance import State
 from jaxbn.health._finding import Finding
-from jaxbn.health._layer import text_of
 from jaxbn.health._running_statistics import feature
 
 # Devices may round differently.
@@ -125,7 +125,7 @@ def _check_parameters(variables: Any, size: int) -> None:
     from flax import nnx
 
     is_state = isinstance(variables, nnx.State)
-    parameters = variables.filter(nnx.Param) if is_state else variables.get("params", {})
+    parameters = nnx.filter_state(variables, nnx.Param) if is_state else variables["params"]
     for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
         if np.shape(leaf)[:1] == (size,) and np.any(np.asarray(leaf) != np.asarray(leaf)[:1]):
             raise ValueError(
@@ -170,7 +170,7 @@ def _differences(copies: Mapping[tuple[Any, ...], State]) -> Iterator[Finding]:
         if np.any(differs):
             worst = int(np.argmax(np.where(differs, spread, 0)))
             yield Finding(
-                text_of(path),
+                as_text(path),
                 "replicas-differ",
                 f"The running statistics of {len(mean)} devices differ by up to "
                 f"{spread.flat[worst]:.3g} deviations (feature "

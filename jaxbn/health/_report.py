@@ -16,6 +16,9 @@ _LEGEND = (
     "change: of the normalized output by the running statistics (RMS). mean, variance: running "
     "against exact ones, of the worst feature, in deviations and as a ratio."
 )
+_NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|nan|inf"
+# A number, or the index of a feature that lies on several axes.
+_NUMBERS = re.compile(rf"\((?:{_NUMBER})(?:, (?:{_NUMBER}))+\)|{_NUMBER}")
 
 
 class LayerRow(NamedTuple):
@@ -86,7 +89,9 @@ class Report:
         ]
         for path, values, *numbers in self.layers:
             formatted = ("-" if math.isnan(number) else f"{number:.2g}" for number in numbers)
-            cells.append((path, str(values or "-"), *formatted, ", ".join(codes.get(path, []))))
+            cells.append(
+                (_shown(path), str(values or "-"), *formatted, ", ".join(codes.get(path, [])))
+            )
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return [
             "  ".join(
@@ -101,7 +106,7 @@ def _alike(findings: Iterable[Finding]) -> list[list[Finding]]:
     """Group findings of the same code whose texts differ only in numbers."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
-        words = re.sub(r"\(?-?[\d.]+(e[+-]?\d+)?(, [\d.]+)*\)?", "#", finding.text)
+        words = _NUMBERS.sub("#", finding.text)
         groups.setdefault((finding.code, words), []).append(finding)
     return list(groups.values())
 
@@ -109,12 +114,17 @@ def _alike(findings: Iterable[Finding]) -> list[list[Finding]]:
 def _paragraph(alike: list[Finding]) -> list[str]:
     """Return the lines about findings that have the same fault in several layers."""
     first, paths = alike[0], [finding.path for finding in alike]
-    where = ", ".join(paths[:_MAX_PATHS]) or "the network"
+    where = ", ".join(map(_shown, paths[:_MAX_PATHS]))
     if len(paths) > _MAX_PATHS:
         where += f" and {len(paths) - _MAX_PATHS} more"
-    example = f"{first.path}: " if len(paths) > 1 else ""
+    example = f"{_shown(first.path)}: " if len(paths) > 1 else ""
     heading = f"{first.code}: {where}"
     return [*_wrapped(heading), *_wrapped(f"{example}{first.text}", "  ")]
+
+
+def _shown(path: str) -> str:
+    """Return a path, or what stands for the empty path of the whole model."""
+    return path or "(the model)"
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
