@@ -71,9 +71,10 @@ def _in_equal_groups(normalize: Normalize, axis: int, groups: int, size: int) ->
 def _with_smaller_last(normalize: Normalize, axis: int, size: int) -> Normalize:
     """Return a function that normalizes the full groups, and then the last group by itself.
 
-    Padding the last group under a mask would be one call instead of two, but a mask costs two more
-    reads of the whole batch. The cut is inside `keep_only_moments`, so that the backward pass
-    keeps the batch as it came, and not a copy of its parts.
+    Padding the last group and masking the padding would need one call instead of two, but masked
+    moments in float32 read the whole batch two more times. `keep_only_moments` must wrap the
+    returned function, and not `normalize`: then the backward pass keeps the batch as it came, and
+    no copies of its parts.
     """
 
     def of_groups(x: jax.Array, *others: jax.Array | None) -> tuple[jax.Array, Moments]:
