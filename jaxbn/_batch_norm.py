@@ -1,7 +1,6 @@
 """Batch normalization."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
 from typing import TypeVar, cast
 
 import jax
@@ -12,19 +11,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn import _fusion
 from jaxbn._call import checked
 from jaxbn._ghost import in_groups
-from jaxbn._moments import NAME as MOMENTS_NAME
-from jaxbn._moments import moments
+from jaxbn._moments import keep_only_moments, moments
 from jaxbn._options import Options
 from jaxbn._running import Estimator, State, update, variance
 
 Params = Mapping[str, jax.Array]
-# The backward pass needs x, in its own dtype, and the moments. Everything else is elementwise
-# arithmetic, which costs less to repeat than to keep.
-_keep_only_moments = partial(
-    jax.checkpoint,
-    policy=jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME),
-    prevent_cse=False,
-)
 StateT = TypeVar("StateT", bound=State | None)
 # Takes the mean of a batch, as the unevaluated sum of two floats, its variance, and the running
 # mean and variance; returns r and d of batch renormalization.
@@ -98,9 +89,10 @@ def batch_norm(
         unchanged.
       dtype: the dtype of `y`, by default that of `x`.
       virtual_batch_size: normalizes each group of this many consecutive examples, along the first
-        non-feature axis, with that group's own statistics (ghost batches). The state moves towards
-        the mean of the statistics of all groups, on all devices of `axis_name`, which then share
-        nothing else.
+        non-feature axis, with that group's own statistics (ghost batches). The last group is
+        smaller if the number of examples is not a multiple. The state moves towards the mean of
+        the statistics of all groups, regardless of their sizes, on all devices of `axis_name`,
+        which then share nothing else.
 
     Returns:
       `y`, of the shape of `x`, and the new state, of the shapes of the old. Statistics are computed
@@ -167,13 +159,12 @@ def normalize_and_update(
     devices, no_devices = (options.axis_name, options.axis_index_groups), (None, None)
     sharing, averaging = (devices, no_devices) if call.ghosts is None else (no_devices, devices)
 
-    @_keep_only_moments
+    @keep_only_moments
     def normalize_by_running(x, mask, scale, bias, mean, var):
         wide = x.astype(scale.dtype)
         y = _normalize(wide, x.dtype, mask, scale, bias, mean, jnp.zeros_like(mean), var, eps)
         return y.astype(call.dtype)
 
-    @_keep_only_moments
     def normalize_by_batch(x, mask, scale, bias, running_mean, running_var):
         # Otherwise XLA for CPUs keeps and normalizes the wider values that `x` was rounded from.
         (x,) = _fusion.own_reading(x.dtype, x)

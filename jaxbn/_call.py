@@ -69,5 +69,5 @@ def checked(
     use_batch = train or state is None
     ghosts = None
     if use_batch:
-        ghosts = _call_checks.virtual_batch_size(virtual_batch_size, x.shape, feature_axes)
+        ghosts = _call_checks.virtual_batch_size(virtual_batch_size, x, feature_axes)
     return Call(x, mask, feature_axes, dtype, ghosts, train, use_batch)

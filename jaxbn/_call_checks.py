@@ -114,19 +114,28 @@ def mask(mask: Any, x_shape: tuple[int, ...]) -> jax.Array | None:
 
 
 def virtual_batch_size(
-    size: int | None, x_shape: tuple[int, ...], axes: tuple[int, ...]
+    size: int | None, x: jax.Array, axes: tuple[int, ...]
 ) -> tuple[int, int] | None:
     """Return the axis of the examples and the size of a group, or None without groups."""
     if size is None:
         return None
-    reduced = [a for a in range(len(x_shape)) if a not in axes]
-    if not reduced or x_shape[reduced[0]] % size:
-        examples = x_shape[reduced[0]] if reduced else 1
+    reduced = [a for a in range(x.ndim) if a not in axes]
+    if not reduced:
         raise ValueError(
-            f"virtual_batch_size must divide the number of examples, {examples} in x of shape "
-            f"{x_shape} with features on axis {plain(axes)}, got {size}."
+            f"virtual_batch_size must be None if every axis is a feature axis: x has shape "
+            f"{x.shape} with features on axis {plain(axes)}, got {size}."
         )
-    return reduced[0], int(size)
+    axis = reduced[0]
+    sharding = jax.typeof(x).sharding
+    is_sharded = axis < len(sharding.spec) and sharding.spec[axis] is not None
+    if is_sharded and x.shape[axis] > size:
+        own = sharding.shard_shape(x.shape)[axis]
+        if own % size:
+            raise ValueError(
+                f"virtual_batch_size must divide the number of examples on each device, {own} in "
+                f"x of shape {x.shape}, which is explicitly sharded by {sharding.spec}, got {size}."
+            )
+    return axis, int(size)
 
 
 def _leaf(name: str, leaf: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:

@@ -48,10 +48,14 @@ def more_than_one_value(
     axis_name: Hashable | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> None:
-    sizes = dict(enumerate(x_shape)) | dict([ghosts] if ghosts else [])
+    sizes = dict(enumerate(x_shape))
+    among = ""
+    if ghosts is not None:
+        examples, size = ghosts
+        sizes[examples] = x_shape[examples] % size or size
+        among = f" in the last group of virtual_batch_size={size}"
     own = math.prod(n for a, n in sizes.items() if a not in axes)
     if own * _devices(axis_name, axis_index_groups) == 1:
-        among = f" and group of virtual_batch_size={ghosts[1]}" if ghosts else ""
         raise ValueError(
             f"x of shape {x_shape} has one value per feature (axis {plain(axes)}){among}, which "
             f"has no unbiased variance; give more values, or batch_variance='biased' and "

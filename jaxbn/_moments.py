@@ -19,6 +19,13 @@ from jaxbn._shift import sample_mean
 
 # The name of the moments for policies of `jax.checkpoint`.
 NAME = "batch_norm_moments"
+# The backward pass needs x, in its own dtype, and the moments. Everything else is elementwise
+# arithmetic, which costs less to repeat than to keep.
+keep_only_moments = partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names(NAME),
+    prevent_cse=False,
+)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))

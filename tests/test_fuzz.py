@@ -63,7 +63,7 @@ def calls(draw):
         "axis_index_groups": None,
         "mask": draw(st.one_of(st.none(), masks)),
         "dtype": draw(st.sampled_from([None, jnp.float32, jnp.bfloat16])),
-        "virtual_batch_size": draw(st.sampled_from([None, None, 1, 2])),
+        "virtual_batch_size": draw(st.sampled_from([None, None, 1, 2, 3])),
     }
     for name in draw(st.lists(st.sampled_from(list(call)), max_size=2)):
         call[name] = draw(st.one_of(ODD, arrays()))
@@ -129,6 +129,6 @@ def test_gradients_of_finite_input_are_finite(data):
     x = data.draw(arrays(st.just(shape), FLOATS))
     mask = data.draw(st.one_of(st.none(), arrays(st.just(shape), st.just("bool"))))
     estimator = data.draw(st.sampled_from(["biased", "unbiased"])) if shape[0] > 1 else "biased"
-    size = data.draw(st.sampled_from([None, shape[0]]))
+    size = data.draw(st.sampled_from([None, 2, shape[0]]))
     params, _ = jaxbn.init(shape)
     assert is_finite(gradients(x, params, mask, estimator, size))

@@ -12,56 +12,11 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from tests import close
-
-N, SIZE, C = 24, 4, 3
-
-
-def batch(rng, *, far=0.0):
-    return jnp.asarray(far + rng.normal(size=(N, 5, C)) * [1, 3, 0.1])
-
-
-def params_and_state(rng):
-    params = {"scale": jnp.asarray(rng.normal(size=C)), "bias": jnp.asarray(rng.normal(size=C))}
-    state = {"mean": jnp.asarray(rng.normal(size=C)), "var": jnp.asarray(rng.uniform(1, 2, C))}
-    return params, {**state, "count": jnp.array(3, jnp.int32)}
-
-
-def one_by_one(params, state, x, mask=None, **options):
-    """Normalize each group as a separate batch, and track the mean of the groups' statistics."""
-    ys, means, variances = [], [], []
-    for i in range(0, len(x), SIZE):
-        own = None if mask is None else mask[i : i + SIZE]
-        # momentum=0 tracks the batch's own statistics.
-        y, new = jaxbn.batch_norm(
-            params, state, x[i : i + SIZE], True, mask=own, **{**options, "momentum": 0.0}
-        )
-        ys.append(y)
-        n = (
-            x[0, ..., 0].size * SIZE
-            if mask is None
-            else int(np.asarray(mask)[i : i + SIZE].sum()) * x.shape[1]
-        )
-        means += [new["mean"]] if n >= 1 else []
-        variances += [new["var"]] if n >= 2 else []
-    momentum = options.get("momentum", 0.9)
-    if momentum is None:
-        momentum = 3 / 4
-    new = {
-        name: momentum * state[name] + (1 - momentum) * sum(found) / len(found)
-        for name, found in [("mean", means), ("var", variances)]
-    }
-    return jnp.concatenate(ys), {**new, "count": state["count"] + 1}
-
+from tests import close, ghosts
+from tests.ghosts import OPTIONS, SIZE, C, N, batch, params_and_state
+from tests.raises import raises
 
 assert_close = partial(close.assert_close, tolerance=1e-12)
-
-OPTIONS = [
-    {},
-    jaxbn.EXERCISE,
-    jaxbn.KERAS,
-    {"momentum": None, "running_variance": "biased"},
-]
 
 
 @pytest.mark.usefixtures("x64")
@@ -78,7 +33,7 @@ def test_each_group_is_a_batch_of_its_own(rng, options, masked):
         )
 
     def wanted(params, x):
-        return one_by_one(params, state, x, mask, **options)
+        return ghosts.one_by_one(params, state, x, mask, **options)
 
     @partial(jax.jit, static_argnums=0)
     def both_ways(step, params, x):
@@ -119,7 +74,7 @@ def test_the_whole_batch_as_one_group_is_the_batch(rng):
 
 def test_evaluation_has_no_groups(rng):
     params, state = jaxbn.init((N, 5, C))
-    x = batch(rng)[:5]  # which no group divides
+    x = batch(rng)[:1]  # whose only value has no unbiased variance
     wanted = jaxbn.batch_norm(params, state, x, False)
     assert_close(
         jaxbn.batch_norm(params, state, x, False, virtual_batch_size=SIZE), wanted, tolerance=0
@@ -252,25 +207,19 @@ def test_what_is_no_size(size):
     )
 
 
-def test_it_must_divide():
-    params, state = jaxbn.init((N, C))
-    with pytest.raises(ValueError) as caught:
-        jaxbn.batch_norm(params, state, jnp.ones((N, C)), True, virtual_batch_size=5)
-    assert str(caught.value) == (
-        "virtual_batch_size must divide the number of examples, 24 in x of shape (24, 3) with "
-        "features on axis 1, got 5."
-    )
+def test_without_an_axis_of_examples_there_are_no_groups():
+    params, state = jaxbn.init((C,))
+    with raises(ValueError, "virtual_batch_size must be None if every axis is a feature axis: x "
+                "has shape (3,) with features on axis 0, got 4."):  # fmt: skip
+        jaxbn.batch_norm(params, state, jnp.ones(C), True, virtual_batch_size=SIZE)
 
 
 def test_groups_of_one_value_have_no_unbiased_variance():
     params, state = jaxbn.init((N, C))
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, "x of shape (24, 3) has one value per feature (axis 1) in the last "
+                "group of virtual_batch_size=1, which has no unbiased variance; give more values, "
+                "or batch_variance='biased' and running_variance='biased'."):  # fmt: skip
         jaxbn.batch_norm(params, state, jnp.ones((N, C)), True, virtual_batch_size=1)
-    assert str(caught.value) == (
-        "x of shape (24, 3) has one value per feature (axis 1) and group of virtual_batch_size=1, "
-        "which has no unbiased variance; give more values, or batch_variance='biased' and "
-        "running_variance='biased'."
-    )
 
 
 def test_an_empty_batch_leaves_the_state():

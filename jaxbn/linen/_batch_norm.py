@@ -63,8 +63,8 @@ class BatchNorm(nn.Module):
         kept in at least float32.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".
       running_variance: the estimator that is tracked.
-      virtual_batch_size: normalizes each group of this many examples with that group's own
-        statistics, as `jaxbn.batch_norm` describes.
+      virtual_batch_size: normalizes each group of this many examples, and a smaller last group if
+        some are left, with that group's own statistics, as `jaxbn.batch_norm` describes.
       frozen: whether the running statistics are always used and never updated, as in evaluation,
         regardless of `use_running_average`, which need not be given then. `scale`, `bias` and the
         input get the gradients of evaluation.

@@ -60,8 +60,8 @@ class BatchNorm(nnx.Module):
         Values that it would make less precise are kept, and only the result is rounded.
       batch_variance: the estimator that normalizes, "biased" or "unbiased".
       running_variance: the estimator that is tracked.
-      virtual_batch_size: normalizes each group of this many examples with that group's own
-        statistics, as `jaxbn.batch_norm` describes.
+      virtual_batch_size: normalizes each group of this many examples, and a smaller last group if
+        some are left, with that group's own statistics, as `jaxbn.batch_norm` describes.
       frozen: whether the running statistics are always used and never updated, as in evaluation,
         regardless of `use_running_average`, and so of `train()`. `scale`, `bias` and the input get
         the gradients of evaluation.
