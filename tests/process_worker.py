@@ -10,23 +10,19 @@ from jax.sharding import PartitionSpec as P
 
 from tests.devices import function, linen
 from tests.devices import step as one_step
+from tests.processes import PROCESSES, join
 
-DEVICES_EACH = 2
 
-
-def main(coordinator: str, processes: str, process: str, problem: str, out: str) -> None:
+def main(coordinator: str, process: str, problem: str, out: str) -> None:
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_num_cpu_devices", DEVICES_EACH)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(coordinator, int(processes), int(process), initialization_timeout=60)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = join(coordinator, int(process))
     with np.load(problem) as file:
         batch = {k: file[k] for k in ("x", "mask", "dy")}
         params = {k: file[k] for k in ("scale", "bias")}
         state = {k: file[k] for k in ("mean", "var")}
 
     # Each process holds its own rows alone, as a loader of data would give them.
-    rows = len(batch["x"]) // int(processes)
+    rows = len(batch["x"]) // PROCESSES
     own = slice(int(process) * rows, (int(process) + 1) * rows)
     sharded = NamedSharding(mesh, P("data"))
     batch = {k: jax.make_array_from_process_local_data(sharded, v[own]) for k, v in batch.items()}

@@ -1,28 +1,15 @@
 """Several processes on JAX's distributed runtime compute what one device computes."""
 
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from tests import oracle
-from tests.process_worker import DEVICES_EACH
+from tests import oracle, processes
+from tests.processes import DEVICES_EACH, PROCESSES
 
-ROOT = Path(__file__).parent.parent
-PROCESSES = 2
 FEATURES = 3
 
 # Sums of some hundred numbers of order one, in another order: 1e-9 leaves float64 six digits.
 TOLERANCE = 1e-9
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -44,28 +31,7 @@ def results(problem, tmp_path_factory):
     """Return the results that each process saved."""
     folder = tmp_path_factory.mktemp("processes")
     np.savez(folder / "problem.npz", **problem)
-    coordinator = f"127.0.0.1:{free_port()}"
-    workers = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.process_worker", coordinator, str(PROCESSES)),
-                *(str(k), folder / "problem.npz", folder / f"{k}.npz"),
-            ],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for k in range(PROCESSES)
-    ]
-    try:
-        for worker in workers:
-            output, _ = worker.communicate(timeout=120)
-            assert worker.returncode == 0, output
-    finally:
-        for worker in workers:
-            worker.kill()
-    return [dict(np.load(folder / f"{k}.npz")) for k in range(PROCESSES)]
+    return processes.run("tests.process_worker", folder, folder / "problem.npz")
 
 
 @pytest.mark.parametrize(

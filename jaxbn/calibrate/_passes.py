@@ -1,6 +1,6 @@
 """Pass over batches until every batch norm normalizes with exact statistics."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -10,6 +10,10 @@ import numpy as np
 from jaxbn.calibrate._observe import ObservableModel, PerCall
 from jaxbn.calibrate._observe_batch import BatchObserver
 from jaxbn.calibrate._statistics import Statistics, merge_statistics
+
+# Statistics of a part of the data, and the function that gathers those of all parts.
+Part = Sequence[PerCall[Statistics]]
+Gather = Callable[[Callable[[], Part]], Sequence[Part]]
 
 
 def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
@@ -30,8 +34,13 @@ def exhausted() -> ValueError:
     )
 
 
+def of_this_process(step: Callable[[], Part]) -> list[Part]:
+    """Return what `step` returns for the batches of this process, which are all of the data."""
+    return [step()]
+
+
 def exact_statistics(
-    model: ObservableModel, batches: Iterable[Any]
+    model: ObservableModel, batches: Iterable[Any], gather: Gather = of_this_process
 ) -> tuple[PerCall[Statistics], BatchObserver]:
     """Return the statistics of each call in one training step on all batches, as one batch.
 
@@ -41,42 +50,72 @@ def exact_statistics(
     Args:
       model: the model. If any of its layers runs in training mode, only such layers are observed.
       batches: `repeatable` batches. They are iterated over once for each pass.
+      gather: takes a function, and returns what it returns in each process that has a part of the
+        data. It is called once for each pass. Everything else depends only on what it returns, so
+        that all processes do the same.
 
     Returns:
       The statistics, and the function that observed them.
     """
-    observe, known = _first_pass(model, batches)
+    batches = _Restarting(batches)
+    observe, known = _first_pass(model, batches, gather)
+
+    def next_part() -> Part:
+        return (reduce(_merge_calls, map(partial(observe, known), batches), {}),)
+
     passes = 1
     while passes < sum(call.ddof.size for calls in known.values() for call in calls):
-        before, known = known, reduce(_merge_calls, map(partial(observe, known), batches), {})
+        before, (known,) = known, _merge_parts(gather(next_part))
         passes += 1
-        if not known:
-            raise exhausted()
         if _equal(known, before):
             break
     return known, observe
 
 
+class _Restarting:
+    """Batches that are iterated over several times, and have to start again each time."""
+
+    def __init__(self, batches: Iterable[Any]):
+        self.batches, self.has_any = batches, False
+
+    def __iter__(self) -> Iterator[Any]:
+        is_exhausted = self.has_any
+        for batch in self.batches:
+            self.has_any, is_exhausted = True, False
+            yield batch
+        if is_exhausted:
+            raise exhausted()
+
+
 def _first_pass(
-    model: ObservableModel, batches: Iterable[Any]
+    model: ObservableModel, batches: _Restarting, gather: Gather
 ) -> tuple[BatchObserver, PerCall[Statistics]]:
     """Observe the calls in training mode, or all calls if none is in training mode."""
     observe_training, observe_all = BatchObserver(model, False), BatchObserver(model, True)
-    in_training: PerCall[Statistics] = {}
-    in_all_modes: PerCall[Statistics] = {}
-    batch = None
-    for batch in batches:
-        in_training = _merge_calls(in_training, observe_training({}, batch))
-        if not in_training:
-            in_all_modes = _merge_calls(in_all_modes, observe_all({}, batch))
-    if batch is None:
+
+    def first_part() -> Part:
+        in_training: PerCall[Statistics] = {}
+        in_all_modes: PerCall[Statistics] = {}
+        for batch in batches:
+            in_training = _merge_calls(in_training, observe_training({}, batch))
+            if not in_training:
+                in_all_modes = _merge_calls(in_all_modes, observe_all({}, batch))
+        return (in_training, in_all_modes) if batches.has_any else ()
+
+    parts = [part for part in gather(first_part) if part]
+    if not parts:
         raise ValueError("batches must hold at least one batch, got none.")
+    in_training, in_all_modes = _merge_parts(parts)
     if not (in_training or in_all_modes):
         raise ValueError(
             "model must have a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx that "
             "is not frozen, and call it; got one that calls none."
         )
     return (observe_training, in_training) if in_training else (observe_all, in_all_modes)
+
+
+def _merge_parts(parts: Sequence[Part]) -> list[PerCall[Statistics]]:
+    return [reduce(_merge_calls, of_parts, {}) for of_parts in zip(*parts, strict=True)]
 
 
 def _merge_calls(a: PerCall[Statistics], b: PerCall[Statistics]) -> PerCall[Statistics]:

@@ -1,27 +1,24 @@
 """Exact running statistics of a whole data set."""
 
 from collections.abc import Iterable
-from functools import reduce
-from typing import Any, TypeVar
-
-import jax
-import numpy as np
+from typing import Any, Literal, TypeVar
 
 from jaxbn.calibrate._observable import observable
-from jaxbn.calibrate._observe import PerCall
 from jaxbn.calibrate._passes import exact_statistics, repeatable
-from jaxbn.calibrate._statistics import (
-    Statistics,
-    in_layer,
-    leaf_indices,
-    merge_statistics,
-    to_state,
-)
+from jaxbn.calibrate._replace import replaced
+from jaxbn.calibrate._together import recalibrate_together
 
 Tree = TypeVar("Tree")
 
 
-def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwargs: Any) -> Tree:
+def recalibrate(
+    model: Any,
+    variables: Tree,
+    batches: Iterable[Any],
+    *,
+    processes: Literal["separate", "together"] = "separate",
+    **apply_kwargs: Any,
+) -> Tree:
     r"""Return the variables with the exact running statistics of a whole data set.
 
     Each batch norm's mean and variance become those of its input in one training step on all
@@ -69,6 +66,12 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
         an input and its mask; or a dict of keyword arguments. Arguments that are not arrays, such
         as a bool, are static: the model is compiled for each of their values. Empty batches have no
         effect. `batches` is iterated over several times; an iterator is first copied into a list.
+      processes: whose batches the statistics are over, in a program of several processes
+        (`jax.distributed`). "separate": those of this process, or global arrays, which all
+        processes pass alike. "together": those of all processes. Each reads its own part of the
+        data, of any number of batches or none. All processes must make the call, with the same
+        model and variables, and all get the same bits. A batch that two processes pass counts
+        twice.
       **apply_kwargs: further arguments of `model.apply`, or of the NNX model, such as `train=True`
         or `rngs`. `mutable` has no effect.
 
@@ -81,7 +84,9 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
       TypeError: `model` or `variables` has another type, or `batches` is a mapping.
       ValueError: there is no batch, no batch norm, or no value; one value per feature,
         for which no unbiased variance exists; statistics that are not finite; a batch norm in a
-        loop that carries its statistics.
+        loop that carries its statistics. With `processes="together"`: parameters that differ
+        between processes, or arrays that are divided among them.
+      RuntimeError: the call failed in another process. The text says where and why.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn.linen
@@ -98,33 +103,13 @@ def recalibrate(model: Any, variables: Tree, batches: Iterable[Any], **apply_kwa
     Algorithm for Computing Sample Variances", 1979; one use is section 3.2 of Izmailov et al.,
     "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
     """
+    if processes not in ("separate", "together"):
+        raise ValueError(
+            f"processes must be 'separate' or 'together', got {processes!r}. To pass the model an "
+            f"argument of this name, make each batch a dict of keyword arguments."
+        )
+    if processes == "together":
+        return recalibrate_together(model, variables, batches, apply_kwargs)
     observed_model = observable(model, variables, apply_kwargs)
     calls, _ = exact_statistics(observed_model, repeatable(batches))
     return observed_model.replace_statistics(replaced(observed_model.statistics, calls))
-
-
-def replaced(statistics: Tree, calls: PerCall[Statistics]) -> Tree:
-    """Return the tree of running statistics with those of the calls, merged for each layer."""
-    leaves, structure = jax.tree.flatten(statistics)
-    indices = leaf_indices(statistics)
-    merged = {layer: reduce(merge_statistics, of_layer) for layer, of_layer in calls.items()}
-    if not any(np.any(new.n > 0) for new in merged.values()):
-        raise ValueError("batches hold no values: they are empty, or entirely masked out.")
-    for layer, new in merged.items():
-        by_name = indices.get(layer, {})
-        if not {"mean", "var"} <= by_name.keys():
-            raise ValueError(f"variables have no 'mean' and 'var'{in_layer(layer)}.")
-        if np.max(new.n, initial=0) == 1 and new.ddof.flat[0] == 1:
-            raise ValueError(
-                f"batches hold one value per feature{in_layer(layer)}, which has no unbiased "
-                f"variance; give more values, or set running_variance='biased' in the layer."
-            )
-        mean, var = by_name["mean"], by_name["var"]
-        leaves[mean], leaves[var] = state = to_state(new, leaves[mean], leaves[var])
-        is_kept = (new.n <= new.ddof.flat[0]).reshape(np.shape(state[0]))
-        if not all(np.all(np.isfinite(leaf) | is_kept) for leaf in state):
-            raise ValueError(
-                f"batches give statistics that are not finite{in_layer(layer)}: look for NaN, "
-                f"infinity or values that overflow in them and in the weights."
-            )
-    return jax.tree.unflatten(structure, leaves)

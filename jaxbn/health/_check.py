@@ -58,7 +58,8 @@ def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: An
         `nnx.Module`. They are not changed.
       batches: the inputs of the model, as for `jaxbn.calibrate.recalibrate`: each an array, a tuple
         of positional arguments, or a dict of keyword arguments. `few-values` and the cause of `off`
-        depend on the size of the batches, so use that of training.
+        depend on the size of the batches, so use that of training. In a program of several
+        processes, each checks its own batches.
       **apply_kwargs: further arguments of `model.apply`, or of the NNX model, such as `train=False`
         or `rngs`. `mutable` has no effect.
 

@@ -11,7 +11,7 @@ from jaxbn._patterns import as_text
 from jaxbn.calibrate._called_layers import LayerFacts
 from jaxbn.calibrate._observe import ObservableModel, PerCall
 from jaxbn.calibrate._observe_batch import BatchObserver
-from jaxbn.calibrate._recalibrate import replaced
+from jaxbn.calibrate._replace import replaced
 from jaxbn.calibrate._statistics import LayerPath, Statistics, leaf_indices
 from jaxbn.health._alone import ClosestBatch, closest_batches
 from jaxbn.health._distance import State, distance, mean_difference, variance_ratio, worst_ratio

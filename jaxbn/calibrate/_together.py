@@ -1,0 +1,101 @@
+"""Statistics of the data of all processes, each of which reads its own part."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxbn.calibrate._exchange import Message, encode, exchange
+from jaxbn.calibrate._global_arrays import LocalBatches, local_copies, shared_like
+from jaxbn.calibrate._observable import observable
+from jaxbn.calibrate._observe import ObservableModel
+from jaxbn.calibrate._passes import Part, exact_statistics, repeatable
+from jaxbn.calibrate._replace import replaced
+
+T = TypeVar("T")
+Tree = TypeVar("Tree")
+
+
+def recalibrate_together(
+    model: Any, variables: Tree, batches: Iterable[Any], apply_kwargs: Mapping[str, Any]
+) -> Tree:
+    """Return what `recalibrate` returns for the batches of all processes.
+
+    Whatever may fail in one process alone runs in `_in_all`. The rest depends only on what all
+    processes have received, so they stay in step.
+    """
+
+    def prepare() -> tuple[Message, tuple[ObservableModel, Iterable[Any]]]:
+        observed = observable(model, variables, apply_kwargs)
+        observed = observed._replace(variables=local_copies(observed.variables))
+        digest = _digest(_parameters(observed.variables))
+        return Message(digest=digest), (observed, LocalBatches(repeatable(batches)))
+
+    def gather(step: Callable[[], Part]) -> list[Part]:
+        messages, _ = _in_all(lambda: (Message(step()), None))
+        return [message.statistics for message in messages]
+
+    def finish() -> tuple[Message, Tree]:
+        old = observed.statistics
+        return Message(), observed.replace_statistics(shared_like(old, replaced(old, calls)))
+
+    messages, (observed, own_batches) = _in_all(prepare)
+    _check_digests(messages)
+    calls, _ = exact_statistics(observed, own_batches, gather)
+    return _in_all(finish)[1]
+
+
+def _in_all(step: Callable[[], tuple[Message, T]]) -> tuple[list[Message], T]:
+    """Run a step in all processes. If it fails in one of them, all raise an error.
+
+    Args:
+      step: returns what to send to the other processes, and a value to keep.
+
+    Returns:
+      The messages of all processes, and the value that this process keeps.
+    """
+    try:
+        message, value = step()
+        encoded = encode(message)
+    except Exception as error:
+        exchange(encode(Message(error=f"{type(error).__name__}: {error}")))
+        raise
+    messages = exchange(encoded)
+    for message in messages:
+        if message.error:
+            raise RuntimeError(
+                f"recalibrate failed in process {message.process} of {len(messages)}, which "
+                f"raised {message.error}"
+            )
+    return messages, value
+
+
+def _parameters(variables: Any) -> Any:
+    """Return the parameters in the variables of an `ObservableModel`."""
+    if isinstance(variables, Mapping):
+        return variables.get("params", {})
+    from flax import nnx
+
+    return [state.filter(nnx.Param) for state in variables]
+
+
+def _digest(tree: Any) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        value = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape} ".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def _check_digests(messages: list[Message]) -> None:
+    first = messages[0]
+    for message in messages:
+        if message.digest != first.digest:
+            raise ValueError(
+                f"variables must have the same parameters in all processes, got others in process "
+                f"{message.process} than in process {first.process}: give all those of one, with "
+                f"jax.experimental.multihost_utils.broadcast_one_to_all(variables)."
+            )
