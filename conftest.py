@@ -30,7 +30,7 @@ PROMOTING = {
     **dict.fromkeys(("test_digits_storage", "test_data_parallel_runs"), EXAMPLES),
     **dict.fromkeys(("test_fold_example", "test_port_resnet"), EXAMPLES),
     **dict.fromkeys(("test_questions", "test_recalibrate_example", "test_reliability"), EXAMPLES),
-    "test_torch_twin": EXAMPLES,
+    **dict.fromkeys(("test_small_batches", "test_torch_twin"), EXAMPLES),
 }
 
 

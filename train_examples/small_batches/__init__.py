@@ -1,0 +1,1 @@
+"""New statistics for averaged weights and for other images, by `jaxbn.calibrate.recalibrate`."""
