@@ -16,7 +16,7 @@ from jaxbn.health.__main__ import main
 from tests import checkpoints
 
 LOOKED_FOR = "no layer has mean and var, or running_mean and running_var, or moving_mean and"
-NOT_TENSORS = "and loading that could run code; save the model's state_dict() instead"
+NOT_TENSORS = "and loading it could run code; save the model's state_dict() instead"
 
 
 def assert_refused(capsys, path, text, *arguments):
@@ -58,8 +58,8 @@ def attack_array(path, attack):
         np.save(file, np.array([attack], object), allow_pickle=True)
 
 
-DAMAGED = "{} is damaged, or torch.save did not write it"
-CALLS_MKDIR = f"{{}} holds more than tensors, {os.mkdir.__module__}.mkdir, {NOT_TENSORS}"
+DAMAGED = "{} is damaged or was not written by torch.save"
+CALLS_MKDIR = f"{{}} contains more than tensors ({os.mkdir.__module__}.mkdir), {NOT_TENSORS}"
 
 
 @pytest.mark.parametrize("suffix", ["pt", "npy", "npz", "safetensors"])
@@ -97,7 +97,7 @@ def test_whole_modules_are_not_loaded(capsys, tmp_path):
     torch.jit.save(torch.jit.script(layer), tmp_path / "script.pt")
     names = {"module": "torch.nn.modules.batchnorm.BatchNorm1d", "script": "TorchScript"}
     for file, name in names.items():
-        text = f"{{}} holds more than tensors, {name}, {NOT_TENSORS}"
+        text = f"{{}} contains more than tensors ({name}), {NOT_TENSORS}"
         assert_refused(capsys, tmp_path / f"{file}.pt", text)
 
 
@@ -106,7 +106,7 @@ def test_a_version_of_pytorch_that_runs_code_is_not_used(capsys, tmp_path, monke
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     assert_refused(
         *(capsys, path),
-        "PyTorch 2.9.1+cu128 may run code that is in {}, and version 2.10 does not: pip install "
+        "PyTorch 2.9.1+cu128 may run code contained in {}, but version 2.10 does not: pip install "
         "'torch>=2.10'",
     )
 
@@ -198,7 +198,7 @@ def test_no_batch_norms(capsys, tmp_path):
         torch.save(saved, tmp_path / f"{name}.pt")
         assert_refused(capsys, tmp_path / f"{name}.pt", text)
     torch.save({"bn.running_mean": ones, "bn.running_var": ones[:2]}, tmp_path / "bn.pt")
-    skipped = "; skipped bn: running_mean has shape (3,), and running_var has (2,)"
+    skipped = "; skipped bn: running_mean has shape (3,), but running_var has (2,)"
     assert_refused(capsys, tmp_path / "bn.pt", text + skipped)
     variables, _ = checkpoints.linen_variables()
     checkpoints.save_standard(tmp_path / "params", variables["params"])
@@ -229,19 +229,18 @@ def test_a_mapping_that_contains_itself(capsys, tmp_path):
         (
             checkpoints.orbax_nnx,
             ["orbax", "orbax.checkpoint"],
-            "orbax-checkpoint is missing, which reads the directory {}: pip install "
-            "'jaxbn[health]'",
+            "orbax-checkpoint is needed to read the directory {}: pip install 'jaxbn[health]'",
         ),
         (
             checkpoints.safetensors_flax,
             ["safetensors"],
-            "safetensors is missing, which reads {}: pip install 'jaxbn[health]'",
+            "safetensors is needed to read {}: pip install 'jaxbn[health]'",
         ),
         (
             checkpoints.torch_file,
             ["torch"],
-            "PyTorch is missing, which reads {}, as it is neither a directory nor a .safetensors "
-            "file: pip install torch",
+            "PyTorch is needed to read {}, which is neither a directory nor a .safetensors file: "
+            "pip install torch",
         ),
     ],
 )

@@ -19,10 +19,10 @@ from tests.raises import raises
 
 COPIES = 4
 TEXT = (
-    "The running statistics of 4 devices differ by up to {} deviations (feature {}). Each device "
-    "tracked its own share of the data, and one copy is that of a share. Merge them "
-    "(jaxbn.calibrate.merge), and share statistics in training: give the layers an axis_name, or "
-    "average the statistics over the devices (jax.lax.pmean)."
+    "The running statistics of 4 devices differ by up to {} standard deviations (feature {}). Each "
+    "device tracked only its own share of the data. Merge the statistics (jaxbn.calibrate.merge), "
+    "and share them in training: give the layers an axis_name, or average the statistics over the "
+    "devices (jax.lax.pmean)."
 )
 
 
@@ -130,8 +130,8 @@ def test_an_ensemble_is_not_one_model(make):
         path = "['first']['kernel']"
     with raises(
         ValueError,
-        f"variables hold 4 copies of the model whose parameters differ, at {path}: an ensemble, "
-        f"not one model on several devices. Check each copy i on its own, with the variables "
+        f"variables must be those of one model, got 4 copies whose parameters differ at {path}, as "
+        f"in an ensemble. Check each copy i separately, with the variables "
         f"jax.tree.map(lambda leaf: leaf[i], variables).",
     ):
         check(model, variables, data())

@@ -146,8 +146,8 @@ def test_a_view_without_tracking_shares_the_variables():
 @pytest.mark.parametrize(
     ("rules", "error", "text"),
     [
-        ({"head": {"frozen": True}, "neck": {}}, ValueError, "rules must have patterns that match "
-         f"a batch norm of the model, got 'neck'. The paths of its batch norms: {PATHS}."),
+        ({"head": {"frozen": True}, "neck": {}}, ValueError, "rules must only have patterns that "
+         f"match a batch norm of the model, got 'neck'. The paths of its batch norms: {PATHS}."),
         ({"head": {"epsilon": -1.0}}, ValueError, "epsilon must be a finite number, not negative, "
          "got -1.0."),
         ({"head": {"frozen": True}, "blocks/**": {"axis_index_groups": ((0, 1),)}}, ValueError,

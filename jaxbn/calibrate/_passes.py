@@ -13,7 +13,7 @@ from jaxbn.calibrate._statistics import Statistics, merge_statistics
 
 
 def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
-    """Return batches that can be iterated over several times: an iterator is copied to a list."""
+    """Return batches that can be iterated over several times, copying an iterator into a list."""
     if isinstance(batches, Mapping):
         raise TypeError(
             f"batches must be a list of batches, got a {type(batches).__name__}: put a single "
@@ -23,7 +23,7 @@ def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def exhausted() -> ValueError:
-    """Return the error about batches of which a second pass finds none."""
+    """Return the error for batches that are empty in the second pass."""
     return ValueError(
         "batches were exhausted by the first pass over them: give a list, or an iterable that "
         "starts again with each iter()."
@@ -33,7 +33,7 @@ def exhausted() -> ValueError:
 def exact_statistics(
     model: ObservableModel, batches: Iterable[Any]
 ) -> tuple[PerCall[Statistics], BatchObserver]:
-    """Return the statistics of each call in one training step on all batches, as one batch.
+    """Return the statistics of each call in one training step on all batches as one batch.
 
     Each call normalizes with its statistics over all batches. Each pass makes those of one more
     layer exact: its input depends on the statistics of the layers before it.
@@ -73,8 +73,8 @@ def _first_pass(
         raise ValueError("batches must hold at least one batch, got none.")
     if not (in_training or in_all_modes):
         raise ValueError(
-            "model must have a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx that "
-            "is not frozen, and call it; got one that calls none."
+            "model must call a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx that "
+            "is not frozen, got a model that calls none."
         )
     return (observe_training, in_training) if in_training else (observe_all, in_all_modes)
 
