@@ -1,4 +1,4 @@
-"""`frozen` and `track`, which take running statistics out of the hands of training."""
+"""`frozen` and `track`, which keep training from updating the running statistics."""
 
 from typing import Any
 

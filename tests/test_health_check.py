@@ -1,4 +1,4 @@
-"""`check` names each planted fault, and nothing else."""
+"""`check` finds each planted fault, and nothing else."""
 
 import numpy as np
 import pytest

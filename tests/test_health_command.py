@@ -29,7 +29,7 @@ def found(capsys, *arguments, status=0):
 
 
 def planted(capsys, folder, layers, *arguments):
-    """Return the findings in a file with these layers, as pairs of path and code, and all else."""
+    """Return the (path, code) of the findings in a file with these layers, and the whole report."""
     path = checkpoints.save_statistics(folder / "planted.safetensors", layers)
     report = found(capsys, path, *arguments, status=1)
     return [(f["path"], f["code"]) for f in report["findings"]], report
@@ -218,7 +218,7 @@ def test_picture(layers, capsys, tmp_path):
     names = [f"layer{k}.bn" for k in range(layers)]
     norms = {name: (rng.normal(size=16), rng.uniform(0.5, 2, 16)) for name in names}
     del norms["layer0.bn"]
-    # Not mathematics, as Matplotlib would have it.
+    # Matplotlib would parse this as mathematics.
     norms[r"$\frac$"] = (np.full(16, np.nan), np.ones(16))
     path = checkpoints.save_statistics(tmp_path / "x.safetensors", norms)
     found(capsys, path, "--png", tmp_path / "x", status=1)

@@ -1,4 +1,4 @@
-"""Checkpoints that `python -m jaxbn.health` cannot read, or that attack it."""
+"""Checkpoints that `python -m jaxbn.health` cannot read, or that contain malicious code."""
 
 import importlib.util
 import os
@@ -85,7 +85,7 @@ def test_code_in_a_file_is_not_run(write_attack, text, suffix, capsys, tmp_path)
     else:
         assert_refused(capsys, path, text)
     assert not made.exists()
-    # The attack works where pickles are loaded.
+    # The attack works if the pickle is loaded.
     pickle.loads(pickle.dumps(attack))
     assert made.exists()
 
@@ -155,14 +155,14 @@ def test_paths(capsys, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    # For the superuser, every file is readable.
+    # The superuser can read every file, so refusal is simulated.
     monkeypatch.setattr(Path, "open", refuse)
     assert_refused(capsys, file, "cannot read {}: Permission denied")
     monkeypatch.setattr(Path, "iterdir", refuse)
     assert_refused(capsys, tmp_path, "cannot read {}: Permission denied")
 
 
-def test_directories_that_are_no_checkpoints(capsys, tmp_path):
+def test_directories_that_are_not_checkpoints(capsys, tmp_path):
     text = "{} is not an Orbax checkpoint: neither it nor a directory in it has a _METADATA file"
     assert_refused(capsys, tmp_path, text)
     (tmp_path / "10").mkdir()
@@ -180,7 +180,7 @@ def test_directories_that_are_no_checkpoints(capsys, tmp_path):
 def test_a_damaged_directory(tmp_path):
     path, _ = checkpoints.orbax_nnx(tmp_path)
     shutil.rmtree(path / "d")
-    # In a process of its own, since Orbax complains from threads of its own.
+    # In a separate process, since Orbax reports errors from its own threads.
     run = subprocess.run(
         [sys.executable, "-m", "jaxbn.health", str(path)],
         capture_output=True,

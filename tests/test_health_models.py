@@ -166,7 +166,7 @@ def test_bad_calls():
 
 
 class Once:
-    """Batches of which only the first pass finds any."""
+    """Batches that only the first pass can read."""
 
     def __init__(self, batches):
         self.remaining = iter(batches)

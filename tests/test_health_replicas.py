@@ -84,7 +84,7 @@ def test_copies_that_differ(make):
     assert max(row.change for row in report.layers) < 1e-5
 
 
-def test_the_largest_difference_and_its_mend():
+def test_the_largest_difference_and_its_repair():
     model = jaxbn.linen.BatchNorm(use_running_average=True)
     x = np.random.default_rng(0).normal(size=(COPIES, 64, 2)).astype("float32")
     # Each device has data of another domain in the second feature.
@@ -103,13 +103,13 @@ def test_the_largest_difference_and_its_mend():
     assert check(model, {**variables, "batch_stats": merged}, batches).ok
 
 
-def test_rounding_is_no_difference():
+def test_rounding_is_not_a_difference():
     model, variables = linen(replicated)
     rounded = jax.tree.map(lambda leaf: leaf.at[1].multiply(1 + 2.0**-22), variables["batch_stats"])
     assert check(model, {**variables, "batch_stats": rounded}, shuffled()).ok
 
 
-def test_layers_of_a_scan_are_no_copies():
+def test_layers_of_a_scan_are_not_copies():
     """They have a leading axis, but the model fits their variables as they are."""
     x = [np.stack([x, x + 1], 1) for x in shuffled()]
     model = Scanned()
@@ -144,7 +144,7 @@ def test_variables_that_never_fit_raise_the_error_of_the_model():
         check(model, variables, data())
 
 
-def test_arrays_that_are_said_to_be_replicated():
+def test_arrays_that_are_marked_as_replicated():
     """Without its check, `shard_map` believes that its outputs are equal on all devices."""
     mesh = jax.make_mesh((COPIES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     layer = jaxbn.linen.BatchNorm(use_running_average=False, momentum=0.0)

@@ -1,4 +1,4 @@
-"""What a report says, and how it looks."""
+"""The text and the layout of a report."""
 
 import math
 

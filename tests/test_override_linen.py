@@ -44,7 +44,7 @@ def test_equals_the_model_with_the_options_in_place(make, options):
     """Bit for bit, as both are the same program: outputs, statistics and gradients."""
     theirs, ours = make(nn.BatchNorm), make(partial(jaxbn.linen.BatchNorm, **options))
     x, variables = data(), initialized(theirs)
-    # Traced before, so that what is compiled inside the model could be mistaken for the new one.
+    # Trace the original first, so that stale compiled functions inside the model would show.
     before = train_step(theirs.apply, variables, x)
     overridden = override(theirs.apply, {"**": options})
     assert_equal(train_step(overridden, variables, x), train_step(ours.apply, variables, x))

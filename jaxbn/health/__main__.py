@@ -83,7 +83,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="a directory of Orbax, a .safetensors file, or a file that torch.save wrote",
+        help="an Orbax directory, a .safetensors file, or a file that torch.save wrote",
     )
     parser.add_argument(
         "--step",

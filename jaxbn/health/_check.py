@@ -52,7 +52,7 @@ def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: An
     their running statistics on purpose. They are only checked for impossible values.
 
     Args:
-      model: a `flax.linen.Module`, an `flax.nnx.Module` or an `flax.nnx.GraphDef`. It is not
+      model: a `flax.linen.Module`, a `flax.nnx.Module` or a `flax.nnx.GraphDef`. It is not
         changed.
       variables: the variables of a Linen model, an `nnx.State`, or None to use the variables that
         an `nnx.Module` holds. They are not changed.
