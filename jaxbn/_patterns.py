@@ -1,4 +1,4 @@
-"""Patterns over the paths of layers, such as "backbone/**"."""
+"""Match patterns, such as "backbone/**", against the paths of layers."""
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def as_text(path: Iterable[Any]) -> str:
-    """Return the path of a layer as text, as patterns match it."""
+    """Return the path of a layer as text, in the form that patterns match."""
     return "/".join(map(str, path))
 
 
@@ -14,8 +14,8 @@ def matches(pattern: str, path: str) -> bool:
     """Return whether a pattern matches the whole path.
 
     Args:
-      pattern: names separated by "/". In a name, "*" stands for any characters, "?" for one, and
-        "[ab]" for one of a choice. The name "**" stands for any number of names, including none.
+      pattern: names separated by "/". In a name, "*" matches any characters, "?" any single one,
+        and "[ab]" one of those listed. The name "**" matches any number of names, including none.
       path: the path, as `as_text` returns it.
     """
     return _match(pattern.split("/"), path.split("/") if path else [])

@@ -1,10 +1,10 @@
-"""The file that a command draws a picture into."""
+"""Check the file that a command writes a picture to."""
 
 from pathlib import Path
 
 
 def picture_path(path: Path) -> Path:
-    """Return the path that a picture is written to, which ends in .png if in nothing else.
+    """Return the path that a picture is written to, with the ending .png if it has none.
 
     Needs Matplotlib.
 

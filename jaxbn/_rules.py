@@ -16,13 +16,13 @@ FLAX_LACKS: Mapping[str, Any] = {
     "frozen": False,
     "track": True,
 }
-# What a rule may change. The other options determine shapes, or belong to the model's code.
+# The options that a rule may change. The others determine shapes or belong to the model's code.
 _CHANGEABLE = (
     *("frozen", "track"),
     *(name for name in Options._fields if name != "axis"),
     *("r_max", "d_max"),
 )
-# A layer that each rule has to fit. It has a mapped axis, so that a rule may give it only groups.
+# Each rule must be valid for this layer. It has a mapped axis, so a rule may set only its groups.
 _ANY_LAYER = {
     "axis": -1,
     **FLAX,
@@ -33,10 +33,10 @@ _ANY_LAYER = {
 
 
 class Rules:
-    """Options by patterns over the paths of layers. Later rules win.
+    """Options for the layers whose paths match patterns. Later rules win.
 
     Attributes:
-      paths: the paths of the model's batch norms, as far as they are known.
+      paths: the paths of the model's batch norms that are known so far.
     """
 
     def __init__(self, rules: Any):
@@ -60,13 +60,13 @@ class Rules:
             if not any(matches(pattern, path) for path in self.paths):
                 having = ", ".join(map(repr, sorted(self.paths))) or "none"
                 raise ValueError(
-                    f"rules must have patterns that match a batch norm of the model, got "
+                    f"rules must only have patterns that match a batch norm of the model, got "
                     f"{pattern!r}. The paths of its batch norms: {having}."
                 )
 
 
 class Overridden:
-    """A layer, of this library or of Flax, as it would be with other options."""
+    """A layer of this library or of Flax, seen with other options."""
 
     def __init__(self, layer: Any, options: Mapping[str, Any]):
         self._layer, self._options = layer, options
@@ -83,14 +83,14 @@ def _check(pattern: Any, options: Any) -> None:
     """Check that a rule is valid for some layer."""
     if not isinstance(pattern, str):
         raise TypeError(
-            f"rules must map patterns over paths, such as 'backbone/**', to options, got the "
-            f"pattern {pattern!r} of type {type(pattern).__name__}."
+            f"rules must map path patterns, such as 'backbone/**', to options, got the pattern "
+            f"{pattern!r} of type {type(pattern).__name__}."
         )
     _checks.mapping(f"rules[{pattern!r}]", options, advice='; for example {"frozen": True}')
     if unknown := [name for name in options if name not in _CHANGEABLE]:
         raise ValueError(
-            f"rules[{pattern!r}] may have the options {', '.join(map(repr, _CHANGEABLE))}; got "
-            f"{', '.join(map(repr, unknown))}."
+            f"rules[{pattern!r}] may only have the options {', '.join(map(repr, _CHANGEABLE))}; "
+            f"got {', '.join(map(repr, unknown))}."
         )
     for name in ("frozen", "track"):
         if name in options:

@@ -21,7 +21,7 @@ BATCHES = 3
 
 
 class NNXNet(nnx.Module):
-    """Twelve norms in a list, whose names are numbers."""
+    """A list of twelve norms, which are named by numbers."""
 
     def __init__(self):
         rngs = nnx.Rngs(0)
@@ -90,7 +90,7 @@ def orbax_linen(folder):
 
 
 def orbax_boxed(folder):
-    """Save variables in boxes, as of partitioned parameters, whose names end in "value"."""
+    """Save boxed variables, like partitioned parameters, whose names end in "value"."""
     variables, norms = linen_variables()
     boxed = jax.tree.map(lambda leaf: nn.Partitioned(leaf, (None,) * leaf.ndim), variables)
     save_standard(folder / "boxed", boxed)
@@ -104,7 +104,7 @@ def orbax_nnx(folder):
 
 
 def orbax_sharded(folder):
-    """Save what is sharded over all devices, with the statistics of each replica."""
+    """Save variables with a copy for each device, sharded over all devices."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     variables, norms = linen_variables()
     shape = (jax.device_count(),)
@@ -124,7 +124,7 @@ def orbax_tree(folder):
 
 
 def orbax_manager(folder, items=("state",)):
-    """Save the steps 9 and 10, of which 9 has been neither trained nor initialized."""
+    """Save the steps 9, which has only zeros, and 10, which was trained."""
     variables, norms = linen_variables()
     with ocp.CheckpointManager(folder / "runs") as manager:
         for step, tree in ((9, jax.tree.map(jnp.zeros_like, variables)), (10, variables)):
@@ -154,7 +154,7 @@ def torch_nested(folder):
 def safetensors_torch(folder):
     state, norms = torch_state(torch.bfloat16)
     safetensors.torch.save_file(state, folder / "weights.safetensors")
-    # The file has an order of its own.
+    # The file sorts its tensors by name.
     return folder / "weights.safetensors", dict(sorted(norms.items()))
 
 
@@ -171,7 +171,7 @@ FORMATS = (
     *(orbax_linen, orbax_boxed, orbax_nnx, orbax_sharded, orbax_tree, orbax_manager, orbax_items),
     *(torch_file, torch_nested, safetensors_torch, safetensors_flax),
 )
-# Those that hold the number of batches.
+# The formats that store the number of batches.
 COUNTING = (torch_file, torch_nested, safetensors_torch)
 
 

@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Nested(nn.Module):
-    """`compact`, with nested modules and a norm that learns in the call which mode it is in."""
+    """`compact`, with nested modules and a norm that gets its mode in the call."""
 
     norm: Any
 
@@ -119,7 +119,7 @@ def data():
 
 
 def initialized(model):
-    """Return variables whose statistics and parameters no default matches by chance."""
+    """Return variables whose statistics and parameters all differ from the defaults."""
     rng = np.random.default_rng(1)
     variables = model.init(jax.random.key(0), data(), False)
     return jax.tree.map(

@@ -86,7 +86,7 @@ def data():
 
 
 def made(make, norm):
-    """Return a model with parameters and statistics that no default matches by chance."""
+    """Return a model whose parameters and statistics all differ from the defaults."""
     model = make(norm, nnx.Rngs(0))
     rng = np.random.default_rng(1)
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))

@@ -41,8 +41,8 @@ def test_errors():
     with pytest.raises(ValueError) as error:
         recalibrate(dense, dense.init(jax.random.key(0), x), [x])
     assert str(error.value) == (
-        "model must have a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx that is "
-        "not frozen, and call it; got one that calls none."
+        "model must call a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx that is "
+        "not frozen, got a model that calls none."
     )
     with pytest.raises(TypeError) as error:
         recalibrate(network.apply, variables, [x])

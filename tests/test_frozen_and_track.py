@@ -1,4 +1,4 @@
-"""`frozen` and `track`, which take running statistics out of the hands of training."""
+"""`frozen` and `track`, which keep training from updating the running statistics."""
 
 from typing import Any
 
@@ -93,8 +93,8 @@ class TestFrozen:
 
     def test_a_model_with_only_frozen_layers_cannot_be_recalibrated(self):
         layer = ours(3, frozen=True)
-        with raises(ValueError, "model must have a batch norm of jaxbn.linen, flax.linen, "
-                    "jaxbn.nnx or flax.nnx that is not frozen, and call it; got one that calls "
+        with raises(ValueError, "model must call a batch norm of jaxbn.linen, flax.linen, "
+                    "jaxbn.nnx or flax.nnx that is not frozen, got a model that calls "
                     "none."):  # fmt: skip
             recalibrate(layer, nnx.state(layer), [X])
 

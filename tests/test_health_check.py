@@ -1,4 +1,4 @@
-"""`check` names each planted fault, and nothing else."""
+"""`check` finds each planted fault, and nothing else."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ FAULTS = {
         # The other layers get normalized inputs, whatever the domain.
         LAYERS[:1],
         "off",
-        "They are those of other data",
+        "They come from other data",
     ),
     "NaN in the mean": (
         lambda make: recalibrated(make).change("exit", mean=with_first(np.nan)),
@@ -81,7 +81,7 @@ FAULTS = {
         data(),
         LAYERS[1:2],
         "negative-variance",
-        "-0.25 at the lowest.",
+        "is negative, as low as -0.25.",
     ),
     "a dead feature": (
         lambda make: make().zero_feature(2).recalibrate(data()),
@@ -96,7 +96,7 @@ FAULTS = {
         LAYERS,
         "few-values",
         "At most 8 values per feature are normalized together, so in training the mean scatters by "
-        "0.35 deviations",
+        "0.35 standard deviations",
     ),
 }
 

@@ -15,7 +15,7 @@ from jaxbn.health._command import load
 from tests import checkpoints
 
 EPSILON = 1e-5
-DEV = "|mean|/dev"
+DEV = "|mean|/std"
 
 
 def found(capsys, *arguments, status=0):
@@ -29,7 +29,7 @@ def found(capsys, *arguments, status=0):
 
 
 def planted(capsys, folder, layers, *arguments):
-    """Return the findings in a file with these layers, as pairs of path and code, and all else."""
+    """Return the (path, code) of the findings in a file with these layers, and the whole report."""
     path = checkpoints.save_statistics(folder / "planted.safetensors", layers)
     report = found(capsys, path, *arguments, status=1)
     return [(f["path"], f["code"]) for f in report["findings"]], report
@@ -100,10 +100,10 @@ def test_planted_faults(capsys, tmp_path):
     assert [by_path[name]["negative"] for name in layers] == [0, 0, 0, 1, 0, 0]
     assert [by_path[name]["below_epsilon"] for name in layers] == [2, 0, 0, 0, 0, 0]
     assert report["findings"][0]["text"] == (
-        "The running variance of 2 of 3 features (the first: 0) is below epsilon, 1e-05. Their "
-        "inputs hardly vary, and the layer divides them by sqrt(epsilon) instead of their "
-        "deviation. Look for dead units, or pruned or zero-initialized channels, in the layer "
-        "before; if the inputs are small on purpose, use a smaller epsilon."
+        "The running variance of 2 of 3 features (the first: 0) is below epsilon (1e-05). These "
+        "inputs are almost constant, and the layer divides them by sqrt(epsilon) instead of their "
+        "standard deviation. Look for dead units, or for pruned or zero-initialized channels, in "
+        "the layer before. If the inputs are small on purpose, use a smaller epsilon."
     )
 
 
@@ -134,15 +134,15 @@ def test_epsilon(capsys, tmp_path):
         ),
         (
             (7,),
-            ", although num_batches_tracked is 7. Either the momentum keeps the old statistics "
-            "forever (0 in PyTorch, 1 in Flax and jaxbn), or the statistics were reset without "
-            "their count. In evaluation, the layer does not normalize.",
+            ", although num_batches_tracked is 7. Either the momentum prevents any update (0 in "
+            "PyTorch, 1 in Flax and jaxbn), or the statistics were reset without their count. In "
+            "evaluation, the layer does not normalize.",
         ),
     ],
 )
 def test_the_count_says_why_statistics_are_as_initialized(count, text, capsys, tmp_path):
     _, report = planted(capsys, tmp_path, {"bn": ([0, 0], [1, 1], *count)})
-    start = "The running mean is 0 and the running variance 1 in every feature, as initialized"
+    start = "The running mean is 0 and the running variance is 1 in all features, as initialized"
     assert [f["text"] for f in report["findings"]] == [start + text]
     assert report["layers"][0]["batches"] == (count[0] if count else None)
 
@@ -181,7 +181,10 @@ def test_a_sound_checkpoint_in_the_terminal(capsys, tmp_path, monkeypatch):
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0] == f"2 batch norms in {path}, step 10"
     assert lines[2].split() == ["layer", "in", "batch_stats/", "shape", "mean", "variance", DEV]
-    assert lines[-1] == "Nothing is wrong, as far as the statistics alone show it."
+    assert (
+        lines[-1]
+        == "The statistics show no faults. To compare them with data, use jaxbn.health.check."
+    )
 
 
 def test_what_is_not_a_batch_norm(capsys, tmp_path, monkeypatch):
@@ -204,8 +207,8 @@ def test_what_is_not_a_batch_norm(capsys, tmp_path, monkeypatch):
     # The name of a layer cannot control the terminal.
     assert [line.split()[0] for line in lines if "0.71" in line] == [r"\x1b[31mbn"]
     assert [line for line in lines if line.startswith("Skipped")] == [
-        "Skipped shapes: running_mean has shape (3,), and running_var has (4,).",
-        "Skipped whole: running_mean has dtype int32, not a floating one.",
+        "Skipped shapes: running_mean has shape (3,), but running_var has (4,).",
+        "Skipped whole: running_mean has dtype int32, which is not floating.",
     ]
 
 
@@ -215,7 +218,7 @@ def test_picture(layers, capsys, tmp_path):
     names = [f"layer{k}.bn" for k in range(layers)]
     norms = {name: (rng.normal(size=16), rng.uniform(0.5, 2, 16)) for name in names}
     del norms["layer0.bn"]
-    # Not mathematics, as Matplotlib would have it.
+    # Matplotlib would parse this as mathematics.
     norms[r"$\frac$"] = (np.full(16, np.nan), np.ones(16))
     path = checkpoints.save_statistics(tmp_path / "x.safetensors", norms)
     found(capsys, path, "--png", tmp_path / "x", status=1)

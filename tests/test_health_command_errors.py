@@ -1,4 +1,4 @@
-"""Checkpoints that `python -m jaxbn.health` cannot read, or that attack it."""
+"""Checkpoints that `python -m jaxbn.health` cannot read, or that contain malicious code."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ from jaxbn.health.__main__ import main
 from tests import checkpoints
 
 LOOKED_FOR = "no layer has mean and var, or running_mean and running_var, or moving_mean and"
-NOT_TENSORS = "and loading that could run code; save the model's state_dict() instead"
+NOT_TENSORS = "and loading it could run code; save the model's state_dict() instead"
 
 
 def assert_refused(capsys, path, text, *arguments):
@@ -58,8 +58,8 @@ def attack_array(path, attack):
         np.save(file, np.array([attack], object), allow_pickle=True)
 
 
-DAMAGED = "{} is damaged, or torch.save did not write it"
-CALLS_MKDIR = f"{{}} holds more than tensors, {os.mkdir.__module__}.mkdir, {NOT_TENSORS}"
+DAMAGED = "{} is damaged or was not written by torch.save"
+CALLS_MKDIR = f"{{}} contains more than tensors ({os.mkdir.__module__}.mkdir), {NOT_TENSORS}"
 
 
 @pytest.mark.parametrize("suffix", ["pt", "npy", "npz", "safetensors"])
@@ -85,7 +85,7 @@ def test_code_in_a_file_is_not_run(write_attack, text, suffix, capsys, tmp_path)
     else:
         assert_refused(capsys, path, text)
     assert not made.exists()
-    # The attack works where pickles are loaded.
+    # The attack works if the pickle is loaded.
     pickle.loads(pickle.dumps(attack))
     assert made.exists()
 
@@ -97,7 +97,7 @@ def test_whole_modules_are_not_loaded(capsys, tmp_path):
     torch.jit.save(torch.jit.script(layer), tmp_path / "script.pt")
     names = {"module": "torch.nn.modules.batchnorm.BatchNorm1d", "script": "TorchScript"}
     for file, name in names.items():
-        text = f"{{}} holds more than tensors, {name}, {NOT_TENSORS}"
+        text = f"{{}} contains more than tensors ({name}), {NOT_TENSORS}"
         assert_refused(capsys, tmp_path / f"{file}.pt", text)
 
 
@@ -106,7 +106,7 @@ def test_a_version_of_pytorch_that_runs_code_is_not_used(capsys, tmp_path, monke
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     assert_refused(
         *(capsys, path),
-        "PyTorch 2.9.1+cu128 may run code that is in {}, and version 2.10 does not: pip install "
+        "PyTorch 2.9.1+cu128 may run code contained in {}, but version 2.10 does not: pip install "
         "'torch>=2.10'",
     )
 
@@ -155,14 +155,14 @@ def test_paths(capsys, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    # For the superuser, every file is readable.
+    # The superuser can read every file, so refusal is simulated.
     monkeypatch.setattr(Path, "open", refuse)
     assert_refused(capsys, file, "cannot read {}: Permission denied")
     monkeypatch.setattr(Path, "iterdir", refuse)
     assert_refused(capsys, tmp_path, "cannot read {}: Permission denied")
 
 
-def test_directories_that_are_no_checkpoints(capsys, tmp_path):
+def test_directories_that_are_not_checkpoints(capsys, tmp_path):
     text = "{} is not an Orbax checkpoint: neither it nor a directory in it has a _METADATA file"
     assert_refused(capsys, tmp_path, text)
     (tmp_path / "10").mkdir()
@@ -180,7 +180,7 @@ def test_directories_that_are_no_checkpoints(capsys, tmp_path):
 def test_a_damaged_directory(tmp_path):
     path, _ = checkpoints.orbax_nnx(tmp_path)
     shutil.rmtree(path / "d")
-    # In a process of its own, since Orbax complains from threads of its own.
+    # In a separate process, since Orbax reports errors from its own threads.
     run = subprocess.run(
         [sys.executable, "-m", "jaxbn.health", str(path)],
         capture_output=True,
@@ -198,7 +198,7 @@ def test_no_batch_norms(capsys, tmp_path):
         torch.save(saved, tmp_path / f"{name}.pt")
         assert_refused(capsys, tmp_path / f"{name}.pt", text)
     torch.save({"bn.running_mean": ones, "bn.running_var": ones[:2]}, tmp_path / "bn.pt")
-    skipped = "; skipped bn: running_mean has shape (3,), and running_var has (2,)"
+    skipped = "; skipped bn: running_mean has shape (3,), but running_var has (2,)"
     assert_refused(capsys, tmp_path / "bn.pt", text + skipped)
     variables, _ = checkpoints.linen_variables()
     checkpoints.save_standard(tmp_path / "params", variables["params"])
@@ -229,19 +229,18 @@ def test_a_mapping_that_contains_itself(capsys, tmp_path):
         (
             checkpoints.orbax_nnx,
             ["orbax", "orbax.checkpoint"],
-            "orbax-checkpoint is missing, which reads the directory {}: pip install "
-            "'jaxbn[health]'",
+            "orbax-checkpoint is needed to read the directory {}: pip install 'jaxbn[health]'",
         ),
         (
             checkpoints.safetensors_flax,
             ["safetensors"],
-            "safetensors is missing, which reads {}: pip install 'jaxbn[health]'",
+            "safetensors is needed to read {}: pip install 'jaxbn[health]'",
         ),
         (
             checkpoints.torch_file,
             ["torch"],
-            "PyTorch is missing, which reads {}, as it is neither a directory nor a .safetensors "
-            "file: pip install torch",
+            "PyTorch is needed to read {}, which is neither a directory nor a .safetensors file: "
+            "pip install torch",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""`check` is silent about networks that train, unless their statistics lag."""
+"""`check` finds nothing in networks that train correctly, unless their statistics lag."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def memory(momentum):
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("length", ["short", "long"])
 def test_silence(network, momentum, length):
-    """The initial values have a weight of exp(-4), 2 %, after a short training, and 0 after long.
+    """The initial values have a weight of exp(-4), 2 %, after short training, and 0 after long.
 
     Batches of 64 values are 0.15 deviations from the data at momentum 0.
     """
@@ -94,7 +94,7 @@ def test_silence(network, momentum, length):
 @pytest.mark.parametrize("network", TRAINED)
 @pytest.mark.parametrize("momentum", [0.9, 0.99, 0.999])
 def test_lag(network, momentum):
-    """A tenth of the memory leaves a weight of 90 % to the initial values."""
+    """After a tenth of the memory, the initial values still have a weight of 90 %."""
     steps = round(memory(momentum) / 10)
     report = TRAINED[network](momentum, steps).check(shuffled())
     assert codes(report)[0] == (LAYERS[0], "off")

@@ -148,7 +148,7 @@ def test_bad_calls():
     network, x = Linen(), data()
     with raises(
         TypeError,
-        "variables must be those of the model, got None: only a flax.nnx.Module holds its own, and "
+        "variables must be given, got None: only a flax.nnx.Module holds its own variables, and "
         "model is a LinenNet.",
     ):
         check(network.model, None, x)
@@ -166,7 +166,7 @@ def test_bad_calls():
 
 
 class Once:
-    """Batches of which only the first pass finds any."""
+    """Batches that only the first pass can read."""
 
     def __init__(self, batches):
         self.remaining = iter(batches)

@@ -25,10 +25,10 @@ class SharedNNX(nnx.Module):
 
 
 SHARED = (
-    "With running statistics, the output of the network differs by {} of its deviations from that "
-    "with exact statistics, although those of each layer agree. Inputs with different statistics "
-    "share a layer, whose running statistics fit none of them: shared. Training normalizes each "
-    "call by itself. Give each call a layer of its own."
+    "With running instead of exact statistics, the network's output changes by {} standard "
+    "deviations (RMS), although the statistics of each layer agree. Inputs with different "
+    "statistics share a layer, and its running statistics fit none of them: shared. Training "
+    "normalizes each call separately. Use a separate layer for each call."
 )
 
 

@@ -19,10 +19,10 @@ from tests.raises import raises
 
 COPIES = 4
 TEXT = (
-    "The running statistics of 4 devices differ by up to {} deviations (feature {}). Each device "
-    "tracked its own share of the data, and one copy is that of a share. Merge them "
-    "(jaxbn.calibrate.merge), and share statistics in training: give the layers an axis_name, or "
-    "average the statistics over the devices (jax.lax.pmean)."
+    "The running statistics of 4 devices differ by up to {} standard deviations (feature {}). Each "
+    "device tracked only its own share of the data. Merge the statistics (jaxbn.calibrate.merge), "
+    "and share them in training: give the layers an axis_name, or average the statistics over the "
+    "devices (jax.lax.pmean)."
 )
 
 
@@ -84,7 +84,7 @@ def test_copies_that_differ(make):
     assert max(row.change for row in report.layers) < 1e-5
 
 
-def test_the_largest_difference_and_its_mend():
+def test_the_largest_difference_and_its_repair():
     model = jaxbn.linen.BatchNorm(use_running_average=True)
     x = np.random.default_rng(0).normal(size=(COPIES, 64, 2)).astype("float32")
     # Each device has data of another domain in the second feature.
@@ -103,13 +103,13 @@ def test_the_largest_difference_and_its_mend():
     assert check(model, {**variables, "batch_stats": merged}, batches).ok
 
 
-def test_rounding_is_no_difference():
+def test_rounding_is_not_a_difference():
     model, variables = linen(replicated)
     rounded = jax.tree.map(lambda leaf: leaf.at[1].multiply(1 + 2.0**-22), variables["batch_stats"])
     assert check(model, {**variables, "batch_stats": rounded}, shuffled()).ok
 
 
-def test_layers_of_a_scan_are_no_copies():
+def test_layers_of_a_scan_are_not_copies():
     """They have a leading axis, but the model fits their variables as they are."""
     x = [np.stack([x, x + 1], 1) for x in shuffled()]
     model = Scanned()
@@ -130,8 +130,8 @@ def test_an_ensemble_is_not_one_model(make):
         path = "['first']['kernel']"
     with raises(
         ValueError,
-        f"variables hold 4 copies of the model whose parameters differ, at {path}: an ensemble, "
-        f"not one model on several devices. Check each copy i on its own, with the variables "
+        f"variables must be those of one model, got 4 copies whose parameters differ at {path}, as "
+        f"in an ensemble. Check each copy i separately, with the variables "
         f"jax.tree.map(lambda leaf: leaf[i], variables).",
     ):
         check(model, variables, data())
@@ -144,7 +144,7 @@ def test_variables_that_never_fit_raise_the_error_of_the_model():
         check(model, variables, data())
 
 
-def test_arrays_that_are_said_to_be_replicated():
+def test_arrays_that_are_marked_as_replicated():
     """Without its check, `shard_map` believes that its outputs are equal on all devices."""
     mesh = jax.make_mesh((COPIES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     layer = jaxbn.linen.BatchNorm(use_running_average=False, momentum=0.0)

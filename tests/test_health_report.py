@@ -1,4 +1,4 @@
-"""What a report says, and how it looks."""
+"""The text and the layout of a report."""
 
 import math
 
@@ -14,8 +14,8 @@ ROWS = (
     LayerRow("exit", 1, 0, 0, 1),
 )
 LEGEND = """\
-change: of the normalized output by the running statistics (RMS). mean, variance: running against
-  exact ones, of the worst feature, in deviations and as a ratio.
+change: RMS change of the normalized output caused by the running statistics. mean: largest error of
+  a running mean, in standard deviations. variance: running / exact, worst feature.
 """
 TABLE = (
     """\
@@ -33,8 +33,8 @@ def test_a_healthy_report():
     assert report.ok
     report.raise_if_unhealthy()
     assert str(report) == (
-        f"{TABLE}\nThe running statistics change the output of the network by 2.5 % of its "
-        f"deviation.\nThe running statistics are healthy."
+        f"{TABLE}\nThe running statistics change the network's output by 2.5 % of its standard "
+        f"deviation (RMS).\nThe running statistics are healthy."
     )
     assert str(Report(ROWS, None, ())) == f"{TABLE}\nThe running statistics are healthy."
 

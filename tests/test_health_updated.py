@@ -13,14 +13,14 @@ from tests.raises import raises
 
 ADVICE = (
     "In Linen, call `y, updates = model.apply(variables, x, ..., mutable=['batch_stats'])` in "
-    "training mode, and keep the updates; in NNX, call `model.train()`, and return the state from "
+    "training mode, and keep the updates. In NNX, call `model.train()`, and return the state from "
     "functions that JAX transforms."
 )
 
 
 def unmoved(paths, of=3):
     return (
-        f"The training step did not move the running statistics of {len(paths)} of {of} batch "
+        f"The training step did not update the running statistics of {len(paths)} of {of} batch "
         f"norms: {', '.join(paths)}. {ADVICE}"
     )
 
@@ -28,8 +28,8 @@ def unmoved(paths, of=3):
 def not_finite(paths, of=3):
     return (
         f"The running statistics of {len(paths)} of {of} batch norms are not finite: "
-        f"{', '.join(paths)}. Look for NaN and infinity in the batch; jaxbn.keep_finite keeps them "
-        f"out of the statistics."
+        f"{', '.join(paths)}. Look for NaN and infinity in the batch. To keep them out of the "
+        f"statistics, use jaxbn.keep_finite."
     )
 
 
@@ -90,8 +90,8 @@ def test_an_nnx_state_is_changed_in_place():
     model(data()[0])
     with raises(
         ValueError,
-        "before and after share their variables, so they are equal whatever the step does. Before "
-        "the step, take before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)).",
+        "before and after share their variables, so they are always equal. Before the step, copy "
+        "the statistics: before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)).",
     ):
         assert_updated(before, nnx.state(model, nnx.BatchStat))
     copy = jax.tree.map(jnp.copy, before)
@@ -115,14 +115,14 @@ def test_bad_trees():
     with raises(ValueError, "after must have the 'mean' and 'var' of at least one batch norm."):
         assert_updated(layer, {"scale": jnp.ones(3)})
     with raises(
-        ValueError, "before and after must have the same batch norms, got b in one of them only."
+        ValueError, "before and after must have the same batch norms, got b in only one of them."
     ):
         assert_updated({"a": layer}, {"a": layer, "b": layer})
     with raises(ValueError, "before and after must have the same shapes, got (3,) and (2,) in a."):
         assert_updated({"a": layer}, {"a": {**layer, "var": jnp.ones(2)}})
     with raises(
         ValueError,
-        "before and after must be arrays, got traced ones: call assert_updated outside of jax.jit "
-        "and other transforms.",
+        "before and after must hold concrete arrays, got traced ones: call assert_updated outside "
+        "jax.jit and other transforms.",
     ):
         jax.jit(assert_updated)(layer, layer)

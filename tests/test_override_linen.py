@@ -33,8 +33,8 @@ OPTIONS = [
 
 
 NOT_MATCHED = (
-    "rules must have patterns that match a batch norm of the model, got {}. The paths of its batch "
-    "norms: {}."
+    "rules must only have patterns that match a batch norm of the model, got {}. The paths of its "
+    "batch norms: {}."
 )
 
 
@@ -44,7 +44,7 @@ def test_equals_the_model_with_the_options_in_place(make, options):
     """Bit for bit, as both are the same program: outputs, statistics and gradients."""
     theirs, ours = make(nn.BatchNorm), make(partial(jaxbn.linen.BatchNorm, **options))
     x, variables = data(), initialized(theirs)
-    # Traced before, so that what is compiled inside the model could be mistaken for the new one.
+    # Trace the original first, so that stale compiled functions inside the model would show.
     before = train_step(theirs.apply, variables, x)
     overridden = override(theirs.apply, {"**": options})
     assert_equal(train_step(overridden, variables, x), train_step(ours.apply, variables, x))
@@ -241,12 +241,12 @@ def test_a_model_without_batch_norms_is_refused():
     [
         ([], TypeError, "rules must be a mapping, got list; for example "
          '{"backbone/**": {"frozen": True}}.'),
-        ({0: {}}, TypeError, "rules must map patterns over paths, such as 'backbone/**', to "
+        ({0: {}}, TypeError, "rules must map path patterns, such as 'backbone/**', to "
          "options, got the pattern 0 of type int."),
         ({"**": True}, TypeError, "rules['**'] must be a mapping, got bool; for example "
          '{"frozen": True}.'),
-        ({"**": {"axis": 1}}, ValueError, "rules['**'] may have the options 'frozen', 'track', "
-         "'momentum', 'epsilon', 'batch_variance', 'running_variance', 'axis_name', "
+        ({"**": {"axis": 1}}, ValueError, "rules['**'] may only have the options 'frozen', "
+         "'track', 'momentum', 'epsilon', 'batch_variance', 'running_variance', 'axis_name', "
          "'axis_index_groups', 'virtual_batch_size', 'r_max', 'd_max'; got 'axis'."),
         ({"**": {"momentum": 2}}, ValueError, "momentum must be None or lie in [0, 1], got 2. It "
          "is the weight of the old value: PyTorch's momentum is one minus it."),

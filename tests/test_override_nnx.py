@@ -44,7 +44,7 @@ def outcome(model):
 def test_equals_the_model_with_the_options_in_place(make, options):
     """Bit for bit, as both are the same program: outputs, statistics and gradients."""
     theirs = made(make, nnx.BatchNorm)
-    # Traced before, so that what is compiled inside the model could be mistaken for the new one.
+    # Trace the original first, so that stale compiled functions inside the model would show.
     outcome(nnx.clone(theirs))
     override(theirs, {"**": options})
     assert_equal(outcome(theirs), outcome(made(make, partial(jaxbn.nnx.BatchNorm, **options))))
@@ -56,7 +56,7 @@ def test_variables_are_the_very_objects_and_shared_layers_stay_shared(make):
     before = list(variables_and_modules(model))
     values = nnx.to_pure_dict(nnx.state(model))
     override(model, {"**": {"frozen": True}})
-    # Each object once, so that a shared layer that is not shared any more would come twice.
+    # Each object is listed once, so a layer that is no longer shared would be listed twice.
     assert list(variables_and_modules(model)) == before
     assert_equal(nnx.to_pure_dict(nnx.state(model)), values)
 
@@ -101,7 +101,7 @@ def test_a_derived_class_keeps_its_own_code():
     wanted = made(Nested, partial(derived(jaxbn.nnx.BatchNorm), momentum=0.8, **options))
     for model in (theirs, ours):
         override(model, {"**": options})
-    # Both have their class once, so that compiled functions are not traced for each layer.
+    # The layers share one class, so that compiled functions are not traced again for each layer.
     assert type(theirs.head) is type(theirs.blocks[0].norm)
     wanted = outcome(wanted)
     assert_equal(outcome(ours), wanted)
@@ -146,8 +146,8 @@ def test_a_view_without_tracking_shares_the_variables():
 @pytest.mark.parametrize(
     ("rules", "error", "text"),
     [
-        ({"head": {"frozen": True}, "neck": {}}, ValueError, "rules must have patterns that match "
-         f"a batch norm of the model, got 'neck'. The paths of its batch norms: {PATHS}."),
+        ({"head": {"frozen": True}, "neck": {}}, ValueError, "rules must only have patterns that "
+         f"match a batch norm of the model, got 'neck'. The paths of its batch norms: {PATHS}."),
         ({"head": {"epsilon": -1.0}}, ValueError, "epsilon must be a finite number, not negative, "
          "got -1.0."),
         ({"head": {"frozen": True}, "blocks/**": {"axis_index_groups": ((0, 1),)}}, ValueError,

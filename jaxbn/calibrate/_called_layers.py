@@ -1,4 +1,4 @@
-"""The layers that a model calls, and what they say about themselves."""
+"""Record the layers that a model calls, with their options."""
 
 import math
 from contextlib import AbstractContextManager
@@ -18,9 +18,9 @@ class LayerFacts(NamedTuple):
     Attributes:
       epsilon: the layer's epsilon.
       momentum: the layer's momentum, or None.
-      frozen: whether it normalizes with its running statistics in training, too.
-      group_values: the number of values per feature that are normalized together, masked-out ones
-        included, in the largest batch.
+      frozen: whether it normalizes with its running statistics in training too.
+      group_values: the number of values per feature, including masked-out ones, that are normalized
+        together in the largest batch.
     """
 
     epsilon: float
@@ -30,10 +30,10 @@ class LayerFacts(NamedTuple):
 
 
 class CalledLayers:
-    """The layers that were called so far, in the order of their first calls.
+    """The layers that have been called so far, in the order of their first calls.
 
     Attributes:
-      facts: a dict of `LayerFacts` by path, to which each trace of a model adds.
+      facts: the `LayerFacts` by path. Each trace of a model adds to them.
     """
 
     def __init__(self) -> None:
@@ -42,17 +42,18 @@ class CalledLayers:
     def observing(self, every_call: bool) -> AbstractContextManager[None]:
         """Return a context in which `record` adds to these layers.
 
-        Functions that were compiled outside of it, such as blocks in `nn.jit`, are traced again.
+        Functions that were compiled outside the context, such as blocks in `nn.jit`, are traced
+        again.
         """
         return _context((self, every_call))
 
 
-# Its value is part of the keys of JAX's caches of traces.
+# Its value is part of the keys of JAX's caches of traces, so that no cached trace is reused.
 _context = jax.make_user_context(None)
 
 
 def record(path: LayerPath, layer: Any, x: ArrayLike) -> None:
-    """Note that a layer is called with `x`, in a context of `CalledLayers.observing`."""
+    """Record that a layer is called with `x`. Call it in a context of `CalledLayers.observing`."""
     called, _ = _context.value
     shape = np.shape(x)
     feature_axes = _call_checks.feature_axes(layer.axis, shape)

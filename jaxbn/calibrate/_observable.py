@@ -10,7 +10,7 @@ def observable(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> O
     """Return `model`, which is not changed, as a function of its variables and a batch.
 
     Args:
-      model: a `flax.linen.Module`, an `flax.nnx.Module` or an `flax.nnx.GraphDef`.
+      model: a `flax.linen.Module`, a `flax.nnx.Module` or a `flax.nnx.GraphDef`.
       variables: the variables of a Linen model, or an `nnx.State`.
       apply_kwargs: further keyword arguments of each call of the model.
     """

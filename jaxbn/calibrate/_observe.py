@@ -58,7 +58,7 @@ class ObservableModel(NamedTuple):
       variables: the first argument of `observe`.
       statistics: the part of the caller's variables that holds the running statistics, a tree.
       replace_statistics: takes such a tree, and returns the caller's variables with it.
-      called: the layers that were called so far. Each trace of `observe` adds to them.
+      called: the layers that have been called so far. Each trace of `observe` adds to them.
     """
 
     observe: Callable[[Any, PerCall[CallMoments], Any, bool], Observation]
@@ -104,7 +104,7 @@ def by_layer(variables: Mapping[tuple[Any, ...], Any]) -> PerCall[CallMoments]:
 
 @contextmanager
 def observing(called: CalledLayers, every_call: bool) -> Iterator[None]:
-    """Note the layers that are called, and explain the errors of transforms.
+    """Record the layers that are called, and explain errors of transforms.
 
     Some transforms cannot carry the variables of observed calls.
     """

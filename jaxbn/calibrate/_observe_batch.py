@@ -12,10 +12,10 @@ from jaxbn.calibrate._statistics import Statistics
 
 
 class BatchObserver:
-    """Observe the calls of a batch, all of them or only those in training mode.
+    """A function that observes the calls of a batch, either all or only those in training mode.
 
-    Called with statistics to normalize with and a batch, it returns the statistics of the inputs of
-    the batch's calls.
+    It takes the statistics to normalize with and a batch, and returns the statistics of the inputs
+    of the batch's calls.
     """
 
     def __init__(self, model: ObservableModel, every_call: bool):
@@ -27,10 +27,10 @@ class BatchObserver:
         self._compiled = jax.jit(run, static_argnums=3)
 
     def prescribed(self, known: PerCall[Statistics], batch: Any) -> PerCall[CallMoments]:
-        """Return the moments to prescribe to the calls of a batch, given those known so far.
+        """Return the moments to prescribe to the calls of a batch, given the known statistics.
 
-        Exactly the calls of this batch get prescribed moments, in every pass, so that the model is
-        compiled once for each shape.
+        In every pass, exactly the calls of this batch get prescribed moments, so the model is
+        compiled only once for each shape.
         """
         shapes = self._compiled.eval_shape(self.model.variables, {}, *split(batch))
         return {

@@ -33,7 +33,7 @@ def observable_linen(
         variables: Any, prescribed: PerCall[CallMoments], batch: Any, every_call: bool
     ) -> Observation:
         def interceptor(next_fun, args, kwargs, context):
-            # A layer of a derived class is intercepted where it calls its base class.
+            # A layer of a derived class is intercepted when it calls its base class.
             if unwrap(context.orig_method.func) not in _BATCH_NORM_CALLS:
                 return next_fun(*args, **kwargs)
             layer = context.module

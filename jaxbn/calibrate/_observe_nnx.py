@@ -65,8 +65,8 @@ def observable_nnx(
 
 @cache
 def _observing(layer_class: type) -> type:
-    """Return the class that layers of a class have while they are observed."""
-    # A layer of Flax that `jaxbn.nnx.override` changed is of both classes, and computes as ours.
+    """Return the class that the layers of a class get while they are observed."""
+    # A layer of Flax that `jaxbn.nnx.override` changed is of both classes and computes as ours.
     base = next(norm for norm in _BATCH_NORMS if issubclass(layer_class, norm))
 
     def __call__(self, *args, **kwargs):
@@ -85,7 +85,7 @@ def _observing(layer_class: type) -> type:
         return y
 
     observing = type(base.__name__, (base,), {"__call__": __call__})
-    # Between a derived class and its base, where the derived class calls `super().__call__`.
+    # Insert it between the derived class and its base, for calls of `super().__call__`.
     if layer_class is base:
         return observing
     return type(layer_class.__name__, (layer_class, observing), {})

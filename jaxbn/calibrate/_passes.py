@@ -17,7 +17,7 @@ Gather = Callable[[Callable[[], Part]], Sequence[Part]]
 
 
 def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
-    """Return batches that can be iterated over several times: an iterator is copied to a list."""
+    """Return batches that can be iterated over several times, copying an iterator into a list."""
     if isinstance(batches, Mapping):
         raise TypeError(
             f"batches must be a list of batches, got a {type(batches).__name__}: put a single "
@@ -27,7 +27,7 @@ def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def exhausted() -> ValueError:
-    """Return the error about batches of which a second pass finds none."""
+    """Return the error for batches that are empty in the second pass."""
     return ValueError(
         "batches were exhausted by the first pass over them: give a list, or an iterable that "
         "starts again with each iter()."
@@ -42,7 +42,7 @@ def of_this_process(step: Callable[[], Part]) -> list[Part]:
 def exact_statistics(
     model: ObservableModel, batches: Iterable[Any], gather: Gather = of_this_process
 ) -> tuple[PerCall[Statistics], BatchObserver]:
-    """Return the statistics of each call in one training step on all batches, as one batch.
+    """Return the statistics of each call in one training step on all batches as one batch.
 
     Each call normalizes with its statistics over all batches. Each pass makes those of one more
     layer exact: its input depends on the statistics of the layers before it.
@@ -108,8 +108,8 @@ def _first_pass(
     in_training, in_all_modes = _merge_parts(parts)
     if not (in_training or in_all_modes):
         raise ValueError(
-            "model must have a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx that "
-            "is not frozen, and call it; got one that calls none."
+            "model must call a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx that "
+            "is not frozen, got a model that calls none."
         )
     return (observe_training, in_training) if in_training else (observe_all, in_all_modes)
 

@@ -58,7 +58,7 @@ def recalibrate(
     distinguished, and raise an error. `nn.scan` over layers, each with its own statistics, works.
 
     Args:
-      model: a `flax.linen.Module`, an `flax.nnx.Module` or an `flax.nnx.GraphDef`. It is not
+      model: a `flax.linen.Module`, a `flax.nnx.Module` or a `flax.nnx.GraphDef`. It is not
         changed.
       variables: the variables of a Linen model, or an `nnx.State`, such as `nnx.state(model)` or,
         where the model is a `Module`, only its `BatchStat`. They are not changed.

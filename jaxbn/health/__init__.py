@@ -1,4 +1,4 @@
-"""Say what is wrong with the batch norms of a model."""
+"""Find out what is wrong with the batch norms of a model."""
 
 from jaxbn.health._check import check as check
 from jaxbn.health._finding import Finding as Finding

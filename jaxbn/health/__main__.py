@@ -1,4 +1,4 @@
-"""Say what is wrong with the batch norms in a checkpoint, as far as it shows without data."""
+"""Report what is wrong with the batch norms in a checkpoint, as far as it shows without data."""
 
 import argparse
 import importlib.util
@@ -23,10 +23,10 @@ Findings: never-updated (mean 0 and variance 1, as initialized), non-finite, neg
 dead-features (variance below epsilon).
 
 Exit status: 0 if nothing is wrong, 1 if there are findings, 2 if the checkpoint cannot be read or
-has no batch norms. No code in a checkpoint is run.
+has no batch norms. Code in a checkpoint is never run.
 
---json prints an object with checkpoint, step, epsilon, layers, findings and skipped. Ranges are
-[least, largest] of the finite values, or null if there are none, so no number is NaN or infinite.
+--json prints an object with checkpoint, step, epsilon, layers, findings and skipped. Ranges are the
+[smallest, largest] finite values, or null if there are none, so no number is NaN or infinite.
 """
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "findings": [finding._asdict() for finding in findings],
         "skipped": skipped,
     }
-    # Before printing, since whoever reads a pipe may stop early.
+    # Draw before printing, since the reader of a pipe may close it early.
     if options.png is not None:
         picture.draw_picture(
             layers,
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options, after checking all that can be checked before reading."""
+    """Return the options, after every check that needs no checkpoint."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxbn.health",
         description=__doc__,
@@ -83,23 +83,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="a directory of Orbax, a .safetensors file, or a file that torch.save wrote",
+        help="an Orbax directory, a .safetensors file, or a file that torch.save wrote",
     )
     parser.add_argument(
         "--step",
         type=int,
         metavar="N",
-        help="of a directory with several steps; by default the last",
+        help="the step to read, if the directory has several; the default is the last",
     )
     parser.add_argument(
         "--epsilon",
         type=_epsilon,
         default=1e-5,
-        help="what the layers add to the variance; by default %(default)g",
+        help="the epsilon that the layers add to the variance; the default is %(default)g",
     )
-    parser.add_argument("--json", action="store_true", help="print all numbers")
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.add_argument(
-        "--png", type=Path, metavar="FILE", help="also draw the means, in deviations, of each layer"
+        "--png", type=Path, metavar="FILE", help="also plot each layer's means, in deviations"
     )
     options = parser.parse_args(arguments)
 
@@ -127,14 +127,14 @@ def _epsilon(text: str) -> float:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    # Of many parallel reads of a damaged checkpoint, the first that fails ends Orbax's event loop,
-    # and the others complain.
+    # Orbax reads in parallel. If a checkpoint is damaged, the first failure closes its event loop,
+    # and the other reads report that as errors.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":
     sys.unraisablehook = _report_unraisable
-    # Reading a checkpoint needs no accelerator, whose memory a training run may need.
+    # Use the CPU only, since a training run may need the memory of the accelerator.
     jax.config.update("jax_platforms", "cpu")
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What each batch alone says about a layer."""
+"""Find the batch whose own statistics are closest to the running statistics."""
 
 from collections.abc import Iterable, Mapping
 from functools import reduce
@@ -17,7 +17,7 @@ class ClosestBatch(NamedTuple):
 
     Attributes:
       batch: its index among the batches.
-      distance: its distance.
+      distance: the distance between its statistics and the running ones.
       is_last: whether it is the last batch with this layer.
       values: the number of values per feature in the largest call of any batch.
     """
@@ -34,12 +34,12 @@ def closest_batches(
     running: Mapping[LayerPath, State],
     epsilons: Mapping[LayerPath, float],
 ) -> dict[LayerPath, ClosestBatch]:
-    """Return, for each layer, the batch whose statistics in a training step are the closest.
+    """Return, for each layer, the batch whose statistics in a training step are closest.
 
     Every batch is normalized with its own statistics, in all layers.
 
     Args:
-      observe: observes a batch.
+      observe: a function that observes a batch.
       batches: the batches.
       running: the running statistics of each layer.
       epsilons: the epsilon of each layer.

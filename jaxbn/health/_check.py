@@ -1,4 +1,4 @@
-"""Check the batch norms of a model over data."""
+"""Check the batch norms of a model on data."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,62 +14,62 @@ from jaxbn.health._report import Report
 
 
 def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: Any) -> Report:
-    r"""Report what is wrong with the batch norms of a model, over data.
+    r"""Report what is wrong with the batch norms of a model, by comparing them with data.
 
     Use it when a model is good in training and bad in evaluation. It computes the exact statistics
     of the data, as `jaxbn.calibrate.recalibrate` does, and compares the running statistics with
-    them. The distance of a layer's running statistics is the RMS change that they make to its
-    normalized output. With :math:`s = \sqrt{\sigma^2 + \epsilon}`, running statistics r and exact
-    ones e, it is over all features
+    them. The distance of a layer is the RMS change of its normalized output if it normalizes with
+    the running statistics instead of the exact ones. With
+    :math:`s = \sqrt{\sigma^2 + \epsilon}`, running statistics r and exact statistics e, and the
+    mean over all features, the distance is
 
     .. math::
 
         \sqrt{E\left[\left(\frac{\mu_e - \mu_r}{s_r}\right)^2
             + \frac{\sigma_e^2}{s_e^2} \left(\frac{s_e}{s_r} - 1\right)^2\right]}
 
-    The report also says how much the running statistics change the output of the network. These
-    faults have a code:
+    The report also gives the change of the network's output. Each finding has one of these codes:
 
-    - `never-updated`: the statistics are as initialized, mean 0 and variance 1, and the data's
-      differ by more than chance explains;
-    - `off`: the distance is more than 0.5. The text says how far mean and variance are from those
-      of the data, and whether the statistics follow a single batch (the momentum may be turned
-      round), lag behind (too few updates for the momentum), or are those of other data;
-    - `non-finite` and `negative-variance`: values that no data has;
+    - `never-updated`: the statistics still have their initial values, mean 0 and variance 1, and
+      differ from those of the data by more than chance explains;
+    - `off`: the distance is more than 0.5. The text gives the differences of mean and variance, and
+      says whether the statistics follow a single batch (the momentum may be inverted), lag behind
+      (too few updates for the momentum), or come from other data;
+    - `non-finite` and `negative-variance`: some values are impossible for any data;
     - `dead-features`: the variance of the data is below epsilon;
     - `few-values`: fewer than 16 values per feature are normalized together in every batch;
     - `eval-differs`: the output of the network changes by more than the distances explain. Often a
       layer is called several times, on inputs with different statistics;
-    - `replicas-differ`: the variables are copies of several devices (on a leading axis, as
-      `jax.pmap` keeps them, or in an array that is said to be replicated) whose running statistics
-      are not equal. The other faults are those of the first copy.
+    - `replicas-differ`: the variables hold a copy for each of several devices (on a leading axis,
+      as with `jax.pmap`, or in an array that is marked as replicated), and the copies of the
+      running statistics differ. All other findings are about the first copy.
 
-    Data of another domain than the training data, and augmentation that only training has, make
-    statistics `off`. Pass the training data to find lost updates, and the evaluation data to find a
-    shift of domain.
+    Statistics are also `off` if the data comes from another domain than the training data, or lacks
+    the augmentation of the training. Pass the training data to find lost updates, and the
+    evaluation data to find a domain shift.
 
     Layers in evaluation mode within a model in training mode, and `frozen` layers, normalize with
-    their running statistics on purpose: only their values are checked.
+    their running statistics on purpose. They are only checked for impossible values.
 
     Args:
-      model: a `flax.linen.Module`, an `flax.nnx.Module` or an `flax.nnx.GraphDef`. It is not
+      model: a `flax.linen.Module`, a `flax.nnx.Module` or a `flax.nnx.GraphDef`. It is not
         changed.
-      variables: the variables of a Linen model, or an `nnx.State`; or None for those of an
-        `nnx.Module`. They are not changed.
+      variables: the variables of a Linen model, an `nnx.State`, or None to use the variables that
+        an `nnx.Module` holds. They are not changed.
       batches: the inputs of the model, as for `jaxbn.calibrate.recalibrate`: each an array, a tuple
         of positional arguments, or a dict of keyword arguments. `few-values` and the cause of `off`
-        depend on the size of the batches, so use that of training. In a program of several
-        processes, each checks its own batches.
+        depend on the batch size, so use that of training. In a program of several processes, each
+        checks its own batches.
       **apply_kwargs: further arguments of `model.apply`, or of the NNX model, such as `train=False`
         or `rngs`. `mutable` has no effect.
 
     Returns:
-      A `Report`. It has `findings`, `layers` and `ok`; `str` gives a table and what to do.
+      A `Report` with `findings`, `layers` and `ok`. Print it for a table of the layers and advice.
 
     Raises:
       TypeError: `model` or `variables` has another type, or `batches` is a mapping.
       ValueError: there is no batch, no batch norm, or no value; the statistics of the data are not
-        finite; the variables hold copies with different parameters.
+        finite; or the variables hold copies with different parameters.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn.linen
@@ -93,7 +93,7 @@ def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: An
     in_evaluation = layers_in_evaluation(observed_model, calls).values()
     spoiled = [finding for layer in in_evaluation for finding in layer_findings(layer)]
     if spoiled:
-        # What comes after such a layer is no data to compare with.
+        # The inputs of later layers would be meaningless.
         return Report(tuple(layer.row for layer in in_evaluation), None, (*findings, *spoiled))
 
     by_path = checked_layers(observed_model, calls, observe, batches)
@@ -113,6 +113,6 @@ def _own_variables(model: Any) -> Any:
     if isinstance(model, nnx.Module):
         return nnx.state(model)
     raise TypeError(
-        f"variables must be those of the model, got None: only a flax.nnx.Module holds its own, "
-        f"and model is a {type(model).__name__}."
+        f"variables must be given, got None: only a flax.nnx.Module holds its own variables, and "
+        f"model is a {type(model).__name__}."
     )

@@ -1,4 +1,4 @@
-"""Why running statistics are far from the exact ones."""
+"""Explain why running statistics are far from the exact ones."""
 
 import math
 
@@ -13,7 +13,7 @@ _UNEXPLAINED = 1 / 3
 
 
 def cause(running: State, exact: State, facts: LayerFacts, closest: ClosestBatch) -> str:
-    """Return the cause that the numbers support, and what to do, in sentences.
+    """Return the most likely cause, and what to do, in sentences.
 
     Args:
       running: the running statistics.
@@ -25,9 +25,9 @@ def cause(running: State, exact: State, facts: LayerFacts, closest: ClosestBatch
     if _explains(closest.distance, far):
         which = "the last batch" if closest.is_last else f"batch {closest.batch}"
         return (
-            f"They match {which} alone: almost all weight is on the newest batch, as if the "
-            f"momentum were turned round (it is the weight of the old value here, so PyTorch's "
-            f"0.1 is 0.9). Mend the momentum, and recalibrate (jaxbn.calibrate.recalibrate)."
+            f"They match {which} alone, so almost all weight is on the newest batch. The "
+            f"momentum may be inverted: here it is the weight of the old value, so PyTorch's 0.1 "
+            f"is 0.9. Fix the momentum, and recalibrate (jaxbn.calibrate.recalibrate)."
         )
     lag = _weight_of_initialization(running, exact, facts.epsilon)
     with_lag = State(
@@ -40,8 +40,8 @@ def cause(running: State, exact: State, facts: LayerFacts, closest: ClosestBatch
             f"lower the momentum, or recalibrate (jaxbn.calibrate.recalibrate)."
         )
     return (
-        "They are those of other data: another domain, other preprocessing, or weights that "
-        "changed since. Prepare the inputs as in training; if they are right, recalibrate "
+        "They come from other data: another domain, other preprocessing, or weights that have "
+        "changed since. Preprocess the inputs as in training. If they are right, recalibrate "
         "(jaxbn.calibrate.recalibrate)."
     )
 
@@ -64,7 +64,7 @@ def _weight_of_initialization(running: State, exact: State, epsilon: float) -> f
         std = np.sqrt(var)
         slope = np.stack([-exact.mean / std, (1 - exact.var) / var])
         moved = np.stack([(running.mean - exact.mean) / std, (running.var - exact.var) / var])
-        # NaN, where there is nothing to fit, explains nothing.
+        # If there is nothing to fit, the weight is NaN, which is never accepted as a cause.
         return float(np.sum(slope * moved) / np.sum(slope**2))
 
 

@@ -1,4 +1,4 @@
-"""One thing that is wrong with a batch norm."""
+"""A finding: one thing that is wrong with a batch norm."""
 
 from typing import Literal, NamedTuple
 
@@ -18,9 +18,9 @@ class Finding(NamedTuple):
     """One thing that is wrong with a batch norm, and what to do about it.
 
     Attributes:
-      path: the path of the layer, such as "backbone/BatchNorm_0", as the patterns of `override`
-        match it; empty for the whole network.
-      code: what is wrong, in a word.
+      path: the path of the layer, such as "backbone/BatchNorm_0", which patterns of `override` can
+        match; empty for the whole network.
+      code: what is wrong, as a short code.
       text: what was found and what to do, in sentences.
     """
 

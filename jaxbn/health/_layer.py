@@ -1,4 +1,4 @@
-"""A layer with its running statistics, and those of the data."""
+"""A layer with its running statistics and the exact statistics of the data."""
 
 import math
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from jaxbn.health._alone import ClosestBatch, closest_batches
 from jaxbn.health._distance import State, distance, mean_difference, variance_ratio, worst_ratio
 from jaxbn.health._report import LayerRow
 
-# With so many values, the two estimators of the variance are equal.
+# With this many values, the two estimators of the variance are equal.
 _MANY = 2.0**60
 
 
@@ -30,7 +30,8 @@ class CheckedLayer(NamedTuple):
       running: its running statistics.
       exact: those of the data, or None if it normalizes with its running statistics in training.
       calls: the exact statistics of each of its calls.
-      closest: the batch whose own statistics are closest, or None without exact ones.
+      closest: the batch whose own statistics are closest to the running ones, or None if `exact`
+        is None.
     """
 
     path: str
@@ -42,7 +43,7 @@ class CheckedLayer(NamedTuple):
 
     @property
     def distance(self) -> float:
-        """The distance of the running statistics from the exact ones."""
+        """The distance between the running and the exact statistics."""
         if self.exact is None:
             return math.nan
         return distance(self.running, self.exact, self.facts.epsilon)
@@ -69,7 +70,7 @@ class CheckedLayer(NamedTuple):
 
     @property
     def prescribed(self) -> tuple[Statistics, ...]:
-        """The running statistics, as statistics with which to normalize each call."""
+        """The running statistics, in the form that prescribes them to each call."""
         mean, var = self.running
         return tuple(
             Statistics(
@@ -91,7 +92,7 @@ def checked_layers(
     """Return the layers by path, in the order in which the model first calls them.
 
     Args:
-      model: the model, which was run on the batches.
+      model: the model, which has been run on the batches.
       calls: the exact statistics of each call.
       observe: the function that observed them.
       batches: the batches.
@@ -118,7 +119,7 @@ def checked_layers(
 def layers_in_evaluation(
     model: ObservableModel, calls: PerCall[Statistics]
 ) -> dict[LayerPath, CheckedLayer]:
-    """Return the layers that normalize with their running statistics, though others train."""
+    """Return the layers that normalize with their running statistics while others train."""
     return {
         layer: CheckedLayer(as_text(layer), model.called.facts[layer], running, None, (), None)
         for layer, running in states(model.statistics).items()

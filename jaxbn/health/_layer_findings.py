@@ -1,4 +1,4 @@
-"""What is wrong with one layer."""
+"""Find what is wrong with one layer."""
 
 import math
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from jaxbn.health._finding import Finding
 from jaxbn.health._layer import CheckedLayer
 from jaxbn.health._running_statistics import as_initialized, feature, features, impossible_values
 
-# The statistics of fewer values scatter by more than a quarter of a deviation.
+# The mean of fewer values scatters by more than a quarter of a standard deviation.
 _FEWEST_VALUES = 16
-# A change of this size does no harm, whatever the number of values.
+# A change of this size is harmless for any number of values.
 _HARMLESS = 0.1
 
 
 def layer_findings(layer: CheckedLayer) -> Iterator[Finding]:
-    """Yield what is wrong with a layer."""
+    """Yield the findings of a layer."""
     impossible = list(impossible_values(layer.path, *layer.running))
     yield from impossible
     if layer.exact is None or layer.closest is None:
@@ -53,10 +53,11 @@ def _difference(layer: CheckedLayer, exact: State, closest: ClosestBatch) -> Ite
             layer.path,
             "off",
             f"The running statistics change the normalized output by {layer.distance:.2g} "
-            f"deviations (RMS). The running mean is up to {means.flat[worst_mean]:.3g} deviations "
-            f"from the mean of the data (feature {feature(means.shape, worst_mean)}), and the "
-            f"running variance is {ratios.flat[worst_variance]:.3g} times that of the data "
-            f"(feature {feature(means.shape, worst_variance)}). "
+            f"standard deviations (RMS). The running mean is up to "
+            f"{means.flat[worst_mean]:.3g} standard deviations from the mean of the data (feature "
+            f"{feature(means.shape, worst_mean)}), and the running variance is "
+            f"{ratios.flat[worst_variance]:.3g} times that of the data (feature "
+            f"{feature(means.shape, worst_variance)}). "
             f"{cause(layer.running, exact, layer.facts, closest)}",
         )
 
@@ -67,13 +68,13 @@ def _never_updated(layer: CheckedLayer, exact: State) -> Finding:
     return Finding(
         layer.path,
         "never-updated",
-        f"The running statistics are as initialized, mean 0 and variance 1. The data has mean "
-        f"{exact.mean.flat[worst]:.3g} and variance {exact.var.flat[worst]:.3g} (feature "
-        f"{feature(changes.shape, worst)}). Training lost the updates. In Linen, call "
+        f"The running statistics still have their initial values, mean 0 and variance 1, but the "
+        f"data has mean {exact.mean.flat[worst]:.3g} and variance {exact.var.flat[worst]:.3g} "
+        f"(feature {feature(changes.shape, worst)}). Training lost the updates. In Linen, call "
         f"`y, updates = model.apply(variables, x, ..., mutable=['batch_stats'])` and keep the "
-        f"updates; in NNX, call `model.train()`, and return the state from functions that JAX "
-        f"transforms. jaxbn.health.assert_updated finds this in the first step. To mend this "
-        f"model, recalibrate (jaxbn.calibrate.recalibrate).",
+        f"updates. In NNX, call `model.train()`, and return the state from functions that JAX "
+        f"transforms. To find this in the first step, use jaxbn.health.assert_updated. To repair "
+        f"this model, recalibrate it (jaxbn.calibrate.recalibrate).",
     )
 
 
@@ -85,9 +86,9 @@ def _dead_features(layer: CheckedLayer, exact: State) -> Iterator[Finding]:
             layer.path,
             "dead-features",
             f"The data has a variance below epsilon ({layer.facts.epsilon:g}) in {features(dead)}. "
-            f"Epsilon, not the data, determines their normalized output, which is almost constant. "
-            f"Look for constant inputs, for units that died before this layer, or scale the inputs "
-            f"up.",
+            f"Epsilon dominates the normalization of these features, so their output is almost "
+            f"constant. Look for constant inputs or dead units before this layer, or scale the "
+            f"inputs up.",
         )
 
 
@@ -98,7 +99,7 @@ def _few_values(layer: CheckedLayer, closest: ClosestBatch) -> Iterator[Finding]
             layer.path,
             "few-values",
             f"At most {values} values per feature are normalized together, so in training the mean "
-            f"scatters by {1 / math.sqrt(max(values, 1)):.2g} deviations, and evaluation differs. "
-            f"Use larger batches, share statistics among devices (axis_name), or normalize "
-            f"otherwise.",
+            f"scatters by {1 / math.sqrt(max(values, 1)):.2g} standard deviations, and evaluation "
+            f"differs. Use larger batches, share statistics across devices (axis_name), or use "
+            f"another normalization.",
         )

@@ -1,4 +1,4 @@
-"""What is wrong with the output of the network, beyond its layers."""
+"""Find changes of the network's output that its layers do not explain."""
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
@@ -17,14 +17,15 @@ def network_findings(
 ) -> list[Finding]:
     r"""Return a finding if the output changes more than the layers explain.
 
-    A change of `d` deviations of one layer's output, if the layers behind it are linear and neither
-    amplify nor attenuate it, is a change of at most `d` deviations of the network's output, and the
-    changes of several layers add up to at most their sum. Real networks may amplify a change, for
-    example by averaging the data but not the change over an image, and no bound holds for all of
-    them. So a finding needs a change of 0.5 beyond the sum.
+    Suppose one layer's output changes by `d` standard deviations. If the layers after it are linear
+    and neither amplify nor attenuate the change, the network's output changes by at most `d`
+    standard deviations, and the changes of several layers add up to at most their sum. Real
+    networks may amplify a change, for example by averaging over an image, which shrinks the data
+    but not the change. No bound holds for all networks, so a finding requires a change of more than
+    0.5 beyond the sum.
 
-    If a layer's calls have statistics that are far from each other, the layer's distance does not
-    cover that, and a finding needs a change of 0.5 only.
+    If the calls of a layer have very different statistics, the layer's distance does not measure
+    this. A finding then requires a change of more than 0.5.
 
     Args:
       layers: the layers.
@@ -39,8 +40,8 @@ def network_findings(
     if change <= LARGEST_HEALTHY + explained:
         return []
     difference = (
-        f"With running statistics, the output of the network differs by {change:.2g} of its "
-        f"deviations from that with exact statistics, although those of each layer agree. "
+        f"With running instead of exact statistics, the network's output changes by {change:.2g} "
+        f"standard deviations (RMS), although the statistics of each layer agree. "
     )
     if shared:
         names = ", ".join(layer.path or "the model" for layer in shared)
@@ -48,9 +49,9 @@ def network_findings(
             Finding(
                 "",
                 "eval-differs",
-                f"{difference}Inputs with different statistics share a layer, whose running "
-                f"statistics fit none of them: {names}. Training normalizes each call by itself. "
-                f"Give each call a layer of its own.",
+                f"{difference}Inputs with different statistics share a layer, and its running "
+                f"statistics fit none of them: {names}. Training normalizes each call separately. "
+                f"Use a separate layer for each call.",
             )
         ]
     return [
@@ -65,7 +66,7 @@ def network_findings(
 
 
 def _distance_of_calls(layer: CheckedLayer) -> float:
-    """Return the largest distance of the merged statistics of the calls from those of a call."""
+    """Return the largest distance between the merged statistics and those of a single call."""
     if len(layer.calls) < 2:
         return 0.0
     epsilon = layer.facts.epsilon

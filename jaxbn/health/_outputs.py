@@ -1,4 +1,4 @@
-"""How much the running statistics change the output of a network."""
+"""Measure how much the running statistics change the output of a network."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -20,15 +20,15 @@ def output_change(
     running: PerCall[Statistics],
     exact: PerCall[Statistics],
 ) -> float | None:
-    """Return the RMS change of the output, relative to the output's deviation.
+    """Return the RMS change of the output, relative to the output's standard deviation.
 
-    The output is computed with the running statistics, and with the exact ones of each call. Of
-    several arrays, such as the outputs of several heads, the one that changes most counts, and None
-    is returned if the output holds no floating array. The deviation is that of all values in the
-    array; a single value, such as a loss, is compared with its magnitude.
+    The output is computed with the running statistics, and with the exact statistics of each call.
+    If it has several arrays, such as those of several heads, the largest change is returned. If it
+    has no floating array, None is returned. The standard deviation is over all values of an array;
+    a single value, such as a loss, is compared with its magnitude.
 
     Args:
-      observe: observes a batch.
+      observe: a function that observes a batch.
       batches: the batches.
       running: the running statistics, for each call.
       exact: the exact statistics of each call.
@@ -81,9 +81,9 @@ def _floating_leaves(observation: Any) -> dict[str, jax.Array]:
 
 
 def _summary(of_running: jax.Array, of_exact: jax.Array) -> jax.Array:
-    """Return the count, the mean and the variance of the output, and the mean square change.
+    """Return the count, mean and variance of the output, and its mean square change.
 
-    Entries that are infinite or NaN with exact statistics, such as those of masks, are left out.
+    Entries that are infinite or NaN with exact statistics, such as masked-out logits, are ignored.
     """
     dtype = statistics_dtype(of_exact.dtype)
     y, changed = of_exact.astype(dtype), of_running.astype(dtype)
@@ -100,6 +100,6 @@ def _relative(output: _Output) -> float:
     (n, mean, variance, _), change = output
     if change == 0:
         return 0.0
-    # A smaller variance is the rounding of the mean in float32.
+    # A smaller variance is only the rounding error of the mean in float32.
     scale = variance if n > 1 and variance > 1e-12 * mean**2 else mean**2
     return float(np.sqrt(change / scale)) if scale > 0 else float("inf")

@@ -1,4 +1,4 @@
-"""Copies of the running statistics on several devices, which should be equal."""
+"""Find copies of the running statistics on several devices that are not equal."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -25,9 +25,9 @@ def one_copy(
 ) -> tuple[Any, list[Finding]]:
     """Return the variables of one device, and a finding for each layer whose copies differ.
 
-    Variables hold copies if all running statistics share the size of a leading axis, and the model
-    fits the variables only without that axis. So do arrays on several devices that are said to be
-    replicated, but whose parts differ.
+    Variables hold copies if all running statistics have a leading axis of the same size, and the
+    model fits the variables only without that axis. Arrays that are marked as replicated on several
+    devices hold copies too, and these may differ.
 
     Args:
       model: the model.
@@ -56,7 +56,7 @@ def one_copy(
                 for path, names in _statistics_indices(statistics).items()
             }
             return candidate, findings + list(_differences(copies))
-    # The model fits none of them, and its own error, which comes next, says why.
+    # The model fits none of them. The caller runs it next, and its own error says why.
     return variables, findings
 
 
@@ -70,7 +70,7 @@ def _statistics_indices(statistics: Any) -> dict[tuple[Any, ...], dict[Any, int]
 
 
 def _leading_size(statistics: Any) -> int | None:
-    """Return the size of the first axis that all running statistics share, in front of another."""
+    """Return the size of the leading axis if it is the same in all running statistics."""
     leaves = jax.tree.leaves(statistics)
     shapes = [
         np.shape(leaves[names[name]])
@@ -93,7 +93,7 @@ def _first(leaf: Any, size: int) -> Any:
 def _fits(model: ObservableModel, batches: Iterable[Any]) -> bool:
     """Return whether the model runs on the first batch, and its statistics have the layers' shapes.
 
-    Without a batch there is nothing to run.
+    Without a batch there is nothing to run, and any model fits.
     """
     batch = next(iter(batches), None)
     if batch is None:
@@ -112,7 +112,7 @@ def _fits(model: ObservableModel, batches: Iterable[Any]) -> bool:
 
     try:
         calls = observed(False) or observed(True)
-    except Exception:  # Models fail in any way if the shapes of their variables are wrong.
+    except Exception:  # Any error can follow from wrong shapes.
         return False
     return all(
         call.var.shape == shapes.get(layer)
@@ -129,15 +129,14 @@ def _check_parameters(variables: Any, size: int) -> None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
         if np.shape(leaf)[:1] == (size,) and np.any(np.asarray(leaf) != np.asarray(leaf)[:1]):
             raise ValueError(
-                f"variables hold {size} copies of the model whose parameters differ, at "
-                f"{jax.tree_util.keystr(path)}: an ensemble, not one model on several devices. "
-                f"Check each copy i on its own, with the variables "
-                f"jax.tree.map(lambda leaf: leaf[i], variables)."
+                f"variables must be those of one model, got {size} copies whose parameters differ "
+                f"at {jax.tree_util.keystr(path)}, as in an ensemble. Check each copy i "
+                f"separately, with the variables jax.tree.map(lambda leaf: leaf[i], variables)."
             )
 
 
 def _device_copies(statistics: Any) -> dict[tuple[Any, ...], State]:
-    """Return the statistics that are replicated on several devices, the devices on a new axis."""
+    """Return the statistics that are replicated on several devices, stacked on a new first axis."""
     leaves = jax.tree.leaves(statistics)
     return {
         layer: State.of(*(_parts(leaves[names[name]]) for name in ("mean", "var")))
@@ -173,9 +172,9 @@ def _differences(copies: Mapping[tuple[Any, ...], State]) -> Iterator[Finding]:
                 as_text(path),
                 "replicas-differ",
                 f"The running statistics of {len(mean)} devices differ by up to "
-                f"{spread.flat[worst]:.3g} deviations (feature "
-                f"{feature(spread.shape, worst)}). Each device tracked its own share of the data, "
-                f"and one copy is that of a share. Merge them (jaxbn.calibrate.merge), and share "
-                f"statistics in training: give the layers an axis_name, or average the statistics "
-                f"over the devices (jax.lax.pmean).",
+                f"{spread.flat[worst]:.3g} standard deviations (feature "
+                f"{feature(spread.shape, worst)}). Each device tracked only its own share of the "
+                f"data. Merge the statistics (jaxbn.calibrate.merge), and share them in training: "
+                f"give the layers an axis_name, or average the statistics over the devices "
+                f"(jax.lax.pmean).",
             )

@@ -1,4 +1,4 @@
-"""The result of a check: a row for each layer, and what is wrong."""
+"""The result of a check: a row for each layer, and the findings."""
 
 import math
 import re
@@ -13,26 +13,29 @@ _WIDTH = 100
 # More paths than this are counted instead of listed.
 _MAX_PATHS = 8
 _LEGEND = (
-    "change: of the normalized output by the running statistics (RMS). mean, variance: running "
-    "against exact ones, of the worst feature, in deviations and as a ratio."
+    "change: RMS change of the normalized output caused by the running statistics. mean: largest "
+    "error of a running mean, in standard deviations. variance: running / exact, worst feature."
 )
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|nan|inf"
-# A number, or the index of a feature that lies on several axes.
+# A number, or the index of a feature on several axes.
 _NUMBERS = re.compile(rf"\((?:{_NUMBER})(?:, (?:{_NUMBER}))+\)|{_NUMBER}")
 
 
 class LayerRow(NamedTuple):
-    """The running statistics of a layer beside the exact ones of the data.
+    """A comparison of the running statistics of a layer with the exact statistics of the data.
 
-    A frozen layer, which normalizes with its running statistics in training, too, has no exact ones
-    to compare with, so its differences are NaN.
+    A frozen layer normalizes with its running statistics in training too. It is not compared, and
+    its differences are NaN.
 
     Attributes:
       path: the path of the layer.
       values: the number of values per feature in the data; 0 for a frozen layer.
-      change: the RMS change that the running statistics make to the layer's normalized output.
-      mean: the largest difference of the means of a feature, in deviations of the data.
-      variance: the running variance over the exact one, of the feature where it is farthest from 1.
+      change: the RMS change of the layer's normalized output if it normalizes with the running
+        statistics instead of the exact ones.
+      mean: the largest difference of the means over all features, in standard deviations of the
+        data.
+      variance: the running variance divided by the exact variance, for the feature where this ratio
+        is farthest from 1.
     """
 
     path: str
@@ -44,12 +47,13 @@ class LayerRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The state of the batch norms of a model.
+    """The health of the batch norms of a model.
 
     Attributes:
       layers: a row for each layer, in the order in which the model calls them.
       output_change: the RMS difference between the network's outputs with running and with exact
-        statistics, relative to the deviation of the outputs; None if it has no floating output.
+        statistics, relative to the standard deviation of the outputs; None if the network has no
+        floating output.
       findings: what is wrong, in the order of the layers.
     """
 
@@ -63,7 +67,7 @@ class Report:
         return not self.findings
 
     def raise_if_unhealthy(self) -> None:
-        """Raise an `AssertionError` with the whole report, unless nothing is wrong."""
+        """Raise an `AssertionError` with the whole report if anything is wrong."""
         if not self.ok:
             raise AssertionError(str(self))
 
@@ -71,8 +75,8 @@ class Report:
         lines = [*self._table(), *_wrapped(_LEGEND), ""]
         if self.output_change is not None:
             lines += [
-                f"The running statistics change the output of the network by "
-                f"{100 * self.output_change:.3g} % of its deviation."
+                f"The running statistics change the network's output by "
+                f"{100 * self.output_change:.3g} % of its standard deviation (RMS)."
             ]
         if self.ok:
             return "\n".join([*lines, "The running statistics are healthy."])
@@ -112,7 +116,7 @@ def _alike(findings: Iterable[Finding]) -> list[list[Finding]]:
 
 
 def _paragraph(alike: list[Finding]) -> list[str]:
-    """Return the lines about findings that have the same fault in several layers."""
+    """Return the lines about the same fault in one or several layers."""
     first, paths = alike[0], [finding.path for finding in alike]
     where = ", ".join(map(_shown, paths[:_MAX_PATHS]))
     if len(paths) > _MAX_PATHS:
@@ -123,7 +127,7 @@ def _paragraph(alike: list[Finding]) -> list[str]:
 
 
 def _shown(path: str) -> str:
-    """Return a path, or what stands for the empty path of the whole model."""
+    """Return a path as it is shown; the path of the whole model is empty."""
     return path or "(the model)"
 
 

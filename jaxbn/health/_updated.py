@@ -1,4 +1,4 @@
-"""A check of running statistics inside a training loop."""
+"""Check in a training loop that running statistics are updated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,22 +12,22 @@ from jaxbn.calibrate._statistics import LayerPath, leaf_indices
 
 
 def assert_updated(before: Any, after: Any) -> None:
-    """Raise unless a training step moved the running statistics of every batch norm.
+    """Raise unless a training step updated the running statistics of every batch norm.
 
-    Call it after the first steps, outside of `jax.jit`. It compares on the device, and moves only a
-    bool or two for each layer to the host.
+    Call it after the first steps, outside `jax.jit`. It compares on the device, and copies only two
+    bools per layer to the host.
 
-    A layer has moved if any value of its mean or variance differs; its `count` is not looked at.
-    Pass only the layers that train: frozen ones do not move.
+    A layer was updated if any value of its mean or variance differs; its `count` is ignored. Pass
+    only the layers that train: frozen layers are not updated.
 
     Args:
       before: the statistics before the step: a tree with the `mean` and `var` of each layer, such
         as `variables["batch_stats"]` or all variables. A step changes an NNX model in place, so
         take `nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))` before it.
-      after: those after the step, a tree with the same layers.
+      after: the statistics after the step: a tree with the same layers.
 
     Raises:
-      AssertionError: the statistics of some layers have not moved, or are not finite. The text
+      AssertionError: the statistics of some layers were not updated, or are not finite. The text
         gives their paths.
       ValueError: there is no batch norm; layers or shapes differ; the statistics are traced; or
         `before` was changed or donated by the step.
@@ -48,8 +48,8 @@ def assert_updated(before: Any, after: Any) -> None:
     if old.keys() != new.keys():
         missing = sorted(_name(layer) for layer in old.keys() ^ new.keys())
         raise ValueError(
-            f"before and after must have the same batch norms, got {', '.join(missing)} in one of "
-            f"them only."
+            f"before and after must have the same batch norms, got {', '.join(missing)} in only "
+            f"one of them."
         )
     for layer, leaves in new.items():
         _check_leaves(layer, old[layer], leaves)
@@ -60,17 +60,17 @@ def assert_updated(before: Any, after: Any) -> None:
     texts = []
     if unmoved:
         texts.append(
-            f"The training step did not move the running statistics of {len(unmoved)} of "
+            f"The training step did not update the running statistics of {len(unmoved)} of "
             f"{len(new)} batch norms: {', '.join(unmoved)}. In Linen, call `y, updates = "
             f"model.apply(variables, x, ..., mutable=['batch_stats'])` in training mode, and keep "
-            f"the updates; in NNX, call `model.train()`, and return the state from functions that "
+            f"the updates. In NNX, call `model.train()`, and return the state from functions that "
             f"JAX transforms."
         )
     if infinite:
         texts.append(
             f"The running statistics of {len(infinite)} of {len(new)} batch norms are not finite: "
-            f"{', '.join(infinite)}. Look for NaN and infinity in the batch; jaxbn.keep_finite "
-            f"keeps them out of the statistics."
+            f"{', '.join(infinite)}. Look for NaN and infinity in the batch. To keep them out of "
+            f"the statistics, use jaxbn.keep_finite."
         )
     if texts:
         raise AssertionError("\n".join(texts))
@@ -80,7 +80,7 @@ def assert_updated(before: Any, after: Any) -> None:
 def _moved_and_finite(
     old: list[tuple[jax.Array, ...]], new: list[tuple[jax.Array, ...]]
 ) -> jax.Array:
-    """Return two rows of booleans, with a column for each layer."""
+    """Return whether each layer moved, in the first row, and is finite, in the second."""
 
     def any_differs(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> jax.Array:
         return jnp.any(
@@ -112,8 +112,8 @@ def _check_separate(before: Any, after: Any) -> None:
     shared = {id(leaf) for leaf in old if _is_mutable(leaf)}
     if any(id(leaf) in shared for leaf in new):
         raise ValueError(
-            "before and after share their variables, so they are equal whatever the step does. "
-            "Before the step, take before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))."
+            "before and after share their variables, so they are always equal. Before the step, "
+            "copy the statistics: before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))."
         )
 
 
@@ -126,8 +126,8 @@ def _check_leaves(layer: LayerPath, old: tuple[Any, ...], new: tuple[Any, ...]) 
     for a, b in zip(old, new, strict=True):
         if isinstance(a, Tracer) or isinstance(b, Tracer):
             raise ValueError(
-                "before and after must be arrays, got traced ones: call assert_updated outside of "
-                "jax.jit and other transforms."
+                "before and after must hold concrete arrays, got traced ones: call assert_updated "
+                "outside jax.jit and other transforms."
             )
         if isinstance(a, jax.Array) and a.is_deleted():
             raise ValueError(

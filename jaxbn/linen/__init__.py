@@ -1,4 +1,4 @@
-"""Batch norm for models of Flax Linen, and other options for the batch norms that a model has."""
+"""Batch norm for Flax Linen, and a function that changes the options of existing layers."""
 
 from jaxbn.linen._batch_norm import BatchNorm as BatchNorm
 from jaxbn.linen._batch_renorm import BatchRenorm as BatchRenorm

@@ -1,4 +1,4 @@
-"""Other options for the batch norms of a Linen model, without a change of its code."""
+"""Change the options of the batch norms of a Linen model without changing its code."""
 
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -16,37 +16,37 @@ from jaxbn.linen._batch_norm import BatchNorm
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _BATCH_NORM_CALLS = [unwrap(layer.__call__) for layer in (BatchNorm, nn.BatchNorm)]
-# The rules in force, those of the outermost `override` last. What `jit` has traced under one value
-# is not used under another, so that functions inside the model that are compiled, such as those of
-# `nn.jit`, are traced for each.
+# The active rules, with those of the outermost `override` last. They are part of the keys of JAX's
+# caches of traces, so compiled functions inside the model, such as those of `nn.jit`, are traced
+# again for other rules.
 _ACTIVE = jax.make_user_context(())
 
 
 def override(fn: Function, rules: Mapping[str, Mapping[str, Any]]) -> Function:
     """Return `model.apply` or `model.init` with other options for the model's batch norms.
 
-    The model's code, its variables and its checkpoints stay the same. A batch norm that a rule
-    matches is computed as `jaxbn.linen.BatchNorm` does, also if it is Flax's own or of a class
-    derived from either, with the options that it had, except for those that the rule changes. Other
-    batch norms are unchanged.
+    The model's code, its variables and its checkpoints are unchanged. A batch norm that a rule
+    matches computes as `jaxbn.linen.BatchNorm` does, even if it is Flax's own layer or of a derived
+    class. It keeps its options, except for those that the rule changes. Other batch norms are
+    unchanged.
 
-    It works under `jit` and other transforms, around the model and inside it (`nn.jit`, `nn.remat`,
-    `nn.scan`, `nn.vmap`). The result is a new function, so `jax.jit` does not confuse it with `fn`.
-    To stack rules, override the result again; the later rules win.
+    It works under `jit` and other transforms, both around the model and inside it (`nn.jit`,
+    `nn.remat`, `nn.scan`, `nn.vmap`). The result is a new function, so `jax.jit` does not confuse
+    it with `fn`. To add rules, override the result again; the later rules win.
 
     Args:
       fn: `model.apply`, `model.init` or another function that runs a Linen model.
       rules: a mapping from patterns to options. A pattern matches paths of layers in `batch_stats`,
-        such as "backbone/BatchNorm_0": "*" stands for any characters of a name, "**" for any number
-        of names, including none. The options are a mapping with any of `frozen`, `track`,
-        `momentum`, `epsilon`, `axis_name`, `axis_index_groups`, `virtual_batch_size`,
-        `batch_variance` and `running_variance`, as `jaxbn.linen.BatchNorm` has them, and `r_max`
-        and `d_max`, with which a layer computes as `jaxbn.linen.BatchRenorm` does. If several rules
-        match a layer, the later ones win.
+        such as "backbone/BatchNorm_0": "*" matches any characters of a name, "**" any number of
+        names, including none. The options are a mapping with any of `frozen`, `track`, `momentum`,
+        `epsilon`, `axis_name`, `axis_index_groups`, `virtual_batch_size`, `batch_variance` and
+        `running_variance`, with the meaning they have in `jaxbn.linen.BatchNorm`, and `r_max` and
+        `d_max`, which turn a layer into a `jaxbn.linen.BatchRenorm`. If several rules match a
+        layer, the later ones win.
 
     Returns:
-      A function of the signature of `fn`. It raises ValueError if a pattern matches neither a batch
-      norm that it calls, nor one that has statistics in the variables that are passed to it.
+      A function with the signature of `fn`. It raises ValueError if a pattern matches no batch norm
+      that it calls, and none with statistics in the variables passed to it.
 
     Raises:
       TypeError: `fn` is not a function, or `rules` is not a mapping of strings to mappings.
@@ -81,8 +81,8 @@ def override(fn: Function, rules: Mapping[str, Mapping[str, Any]]) -> Function:
 
 
 def _call_with_rules(next_fun, args, kwargs, context):
-    """Call a method of a module, and if it is that of a batch norm, with the rules in force."""
-    # A layer of a derived class is intercepted where it calls its base class.
+    """Call a method of a module, with the active rules if it is the call of a batch norm."""
+    # A layer of a derived class is intercepted when it calls its base class.
     if unwrap(context.orig_method.func) not in _BATCH_NORM_CALLS:
         return next_fun(*args, **kwargs)
     path = as_text(context.module.path)

@@ -1,4 +1,4 @@
-"""Other options for the batch norms of an NNX model, without a change of its code."""
+"""Change the options of the batch norms of an NNX model without changing its code."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -15,23 +15,23 @@ from jaxbn.nnx._batch_norm import BatchNorm, hashable
 def override(model: nnx.Module, rules: Mapping[str, Mapping[str, Any]]) -> None:
     """Change the options of a model's batch norms, in place.
 
-    The model's code and its variables, the very objects, stay the same, and layers that are shared
-    stay shared. A batch norm that a rule matches computes as `jaxbn.nnx.BatchNorm` does from then
-    on, also if it is Flax's own or of a class derived from either, with the options that it had,
-    except for those that the rule changes. Other batch norms are unchanged.
+    The model's code is unchanged, its variables remain the same objects, and shared layers remain
+    shared. A batch norm that a rule matches computes as `jaxbn.nnx.BatchNorm` does from then on,
+    even if it is Flax's own layer or of a derived class. It keeps its options, except for those
+    that the rule changes. Other batch norms are unchanged.
 
-    `frozen` and `track` stay in force when `model.train()`, `model.eval()`, `nnx.view` or a call
+    `frozen` and `track` remain in effect when `model.train()`, `model.eval()`, `nnx.view` or a call
     sets `use_running_average`. To undo a rule, override again.
 
     Args:
       model: the model.
       rules: a mapping from patterns to options. A pattern matches paths of layers, such as
-        "blocks/0/norm": "*" stands for any characters of a name, "**" for any number of names,
-        including none. The path of a shared layer is the first one, as in `nnx.state(model)`. The
-        options are a mapping with any of `frozen`, `track`, `momentum`, `epsilon`, `axis_name`,
-        `axis_index_groups`, `virtual_batch_size`, `batch_variance` and `running_variance`, as
-        `jaxbn.nnx.BatchNorm` has them, and `r_max` and `d_max`, with which a layer computes as
-        `jaxbn.nnx.BatchRenorm` does. If several rules match a layer, the later ones win.
+        "blocks/0/norm": "*" matches any characters of a name, "**" any number of names, including
+        none. A shared layer has its first path, as in `nnx.state(model)`. The options are a mapping
+        with any of `frozen`, `track`, `momentum`, `epsilon`, `axis_name`, `axis_index_groups`,
+        `virtual_batch_size`, `batch_variance` and `running_variance`, with the meaning they have in
+        `jaxbn.nnx.BatchNorm`, and `r_max` and `d_max`, which turn a layer into a
+        `jaxbn.nnx.BatchRenorm`. If several rules match a layer, the later ones win.
 
     Raises:
       TypeError: `model` is not an `nnx.Module`, or `rules` is not a mapping of strings to mappings.
@@ -79,13 +79,13 @@ def _change(layer: Any, options: Mapping[str, Any]) -> None:
 
 
 class FlaxBatchNorm(BatchNorm, nnx.BatchNorm):
-    """Flax's layer, which computes as this library's does."""
+    """Flax's layer with the computation of this library."""
 
 
 @cache
 def _of_this_library(layer_class: type) -> type:
-    """Return a class of layers that are as those of a class of Flax's, but compute as ours do."""
+    """Return a subclass of a class of Flax's layers that computes as this library's layers do."""
     if layer_class is nnx.BatchNorm:
         return FlaxBatchNorm
-    # Between a derived class and its base, where the derived class calls `super().__call__`.
+    # Insert it between the derived class and its base, for calls of `super().__call__`.
     return type(layer_class.__name__, (layer_class, FlaxBatchNorm), {})

@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
 
 
 def run(config: Config) -> Result:
-    """Train as `config` says, print accuracies and the state of the norms, and write pictures."""
+    """Train as `config` says, print accuracies and the health of the norms, and draw pictures."""
     result = train(config)
     console = Console()
     console.print(accuracy_table(result))

@@ -1,4 +1,4 @@
-"""What the command computes: a trained network, its accuracies, and whether its norms are right."""
+"""Train the network of the command, and compute its accuracies and the health of its norms."""
 
 from functools import partial
 from typing import NamedTuple, get_args
@@ -27,7 +27,7 @@ class Result(NamedTuple):
       history: the measurements of every step and epoch.
       accuracy: on the test set, by the statistics that normalize it.
       sample: images of the training set, shifted as in training.
-      training_statistics: those of the sample, which the moving averages approach.
+      training_statistics: the statistics of the sample, which the moving averages approach.
     """
 
     state: TrainState

@@ -1,1 +1,1 @@
-"""What `python -m jaxbn.health` is made of."""
+"""The parts of `python -m jaxbn.health`."""

@@ -1,8 +1,8 @@
-"""What all readers of checkpoints share."""
+"""The error and the types that all readers of checkpoints share."""
 
 from collections.abc import Callable
 
-# Whether to read the array of this name.
+# Returns whether to read the array of a name.
 Wanted = Callable[[str], bool]
 
 
@@ -11,5 +11,5 @@ class CheckpointError(Exception):
 
 
 def missing_package(package: str, what: str) -> CheckpointError:
-    """Return the error that a package in the extra `health` is not installed."""
-    return CheckpointError(f"{package} is missing, which reads {what}: pip install 'jaxbn[health]'")
+    """Return the error for a package of the extra `health` that is not installed."""
+    return CheckpointError(f"{package} is needed to read {what}: pip install 'jaxbn[health]'")

@@ -1,4 +1,4 @@
-"""Say what the running statistics of a layer show, in numbers and in findings."""
+"""Describe the running statistics of a layer in numbers and in findings."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,23 +16,22 @@ from jaxbn.health._running_statistics import (
 
 
 def find_faults(layer: Layer, epsilon: float) -> Iterator[Finding]:
-    """Yield what is wrong with a layer, as far as its statistics alone show it."""
+    """Yield the findings of a layer, as far as its statistics alone show them."""
     yield from never_updated(layer)
     yield from impossible_values(layer.path, layer.mean, layer.var)
     yield from small_variances(layer.path, layer.var, epsilon)
 
 
 def never_updated(layer: Layer) -> Iterator[Finding]:
-    """Yield a finding if the statistics are those of initialization."""
+    """Yield a finding if the statistics still have their initial values."""
     if not layer.mean.size or not as_initialized(layer.mean, layer.var):
         return
-    found = "The running mean is 0 and the running variance 1 in every feature, as initialized"
+    found = "The running mean is 0 and the running variance is 1 in all features, as initialized"
     if layer.batches:
         text = (
             f"{found}, although {layer.names.batches} is {layer.batches}. Either the momentum "
-            f"keeps the old statistics forever (0 in PyTorch, 1 in Flax and jaxbn), or the "
-            f"statistics were reset without their count. In evaluation, the layer does not "
-            f"normalize."
+            f"prevents any update (0 in PyTorch, 1 in Flax and jaxbn), or the statistics were "
+            f"reset without their count. In evaluation, the layer does not normalize."
         )
     else:
         counted = "" if layer.batches is None else f", and {layer.names.batches} is 0"
@@ -52,9 +51,9 @@ def standardized_means(layer: Layer, epsilon: float) -> np.ndarray:
 
 
 def describe(layer: Layer, epsilon: float) -> Mapping[str, Any]:
-    """Return the numbers of a layer, as values that JSON can hold.
+    """Return the numbers of a layer, as values that JSON can represent.
 
-    Ranges are those of the finite values, as [least, largest], and None if there are none.
+    Ranges are the [smallest, largest] finite values, or None if there are none.
     """
     finite = np.isfinite(layer.mean) & np.isfinite(layer.var)
     return {

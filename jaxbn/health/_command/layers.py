@@ -11,7 +11,7 @@ from jaxbn.health._command.names import layer_and_leaf, printable
 
 
 class Names(NamedTuple):
-    """What a framework calls the statistics, and how its layers come to update them."""
+    """A framework's names of the statistics, and how to make its layers update them."""
 
     mean: str
     var: str
@@ -35,11 +35,11 @@ class Layer(NamedTuple):
 
     Attributes:
       path: the name of the layer in the checkpoint.
-      mean, var: in float64, of the same shape: (C,), or with further axes in front, such as those
-        of replicas.
-      batches: how many were counted, the largest number if there are several; None if it is not
-        stored.
-      names: what the statistics are called.
+      mean, var: the statistics, in float64 and of the same shape: (C,), or with further axes in
+        front, such as that of replicas.
+      batches: the number of batches that the layer counted, or the largest if there are several;
+        None if it is not stored.
+      names: the names of the statistics.
     """
 
     path: str
@@ -50,8 +50,8 @@ class Layer(NamedTuple):
 
 
 def is_statistic(name: str) -> bool:
-    """Return whether an array of this name can be the statistic of a batch norm."""
-    # The moments of an optimizer have the names of what it optimizes.
+    """Return whether an array of this name can be a statistic of a batch norm."""
+    # The moments in an optimizer's state have the names of what it optimizes.
     if "opt_state" in re.split("[./]", name):
         return False
     leaf = layer_and_leaf(name)[1]
@@ -64,9 +64,9 @@ def names_looked_for() -> str:
 
 
 def find_layers(arrays: Mapping[str, np.ndarray]) -> tuple[list[Layer], list[str]]:
-    """Return the batch norms in order, and what looks like one but was skipped, with the reason.
+    """Return the batch norms in order, and the names of skipped candidates with the reason.
 
-    Scalars are ignored: a batch norm has a value for each feature, and logged metrics do not.
+    Scalars, such as logged metrics, are ignored: a batch norm has a value for each feature.
     """
     by_layer: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
@@ -92,10 +92,10 @@ def find_layers(arrays: Mapping[str, np.ndarray]) -> tuple[list[Layer], list[str
 def _problem(names: Names, mean: np.ndarray, var: np.ndarray) -> str | None:
     """Return why the arrays are not the statistics of a batch norm."""
     if mean.shape != var.shape:
-        return f"{names.mean} has shape {mean.shape}, and {names.var} has {var.shape}"
+        return f"{names.mean} has shape {mean.shape}, but {names.var} has {var.shape}"
     for name, value in ((names.mean, mean), (names.var, var)):
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            return f"{name} has dtype {value.dtype}, not a floating one"
+            return f"{name} has dtype {value.dtype}, which is not floating"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Read arrays from a checkpoint, without running any code that it may contain."""
+"""Read arrays from a checkpoint without running code in it."""
 
 import logging
 import re
@@ -17,7 +17,7 @@ from jaxbn.health._command.errors import CheckpointError, Wanted
 
 
 class Checkpoint(NamedTuple):
-    """Arrays by their names in the checkpoint, and the step, if it is one of several."""
+    """The arrays by name, and the step if the checkpoint has several."""
 
     step: int | None
     arrays: dict[str, np.ndarray]
@@ -27,12 +27,12 @@ def read(path: Path, wanted: Wanted, step: int | None = None) -> Checkpoint:
     """Return the arrays whose names are wanted.
 
     Args:
-      path: a directory of Orbax, a `.safetensors` file, or a file of `torch.save`.
-      wanted: returns whether to read the array of this name.
-      step: which step to read, if `path` is a directory with several. The default is the latest.
+      path: an Orbax directory, a `.safetensors` file, or a file that `torch.save` wrote.
+      wanted: a function that returns whether to read the array of a name.
+      step: the step to read, if `path` is a directory with several; by default the latest.
 
     Raises:
-      CheckpointError: it cannot be read. The text is one line.
+      CheckpointError: the checkpoint cannot be read. The text is one line.
     """
     _check_path(path)
     if path.is_dir():
@@ -55,7 +55,7 @@ def read(path: Path, wanted: Wanted, step: int | None = None) -> Checkpoint:
 
 
 def _check_path(path: Path) -> None:
-    """Raise a `CheckpointError` unless there is a readable directory, or file that is not empty."""
+    """Raise a `CheckpointError` unless the path is a readable directory or nonempty file."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -79,7 +79,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Suppress warnings about how to load better, and logs of errors that are raised anyway."""
+    """Suppress the libraries' warnings and logs. Their errors are raised anyway."""
     logger = logging.getLogger("absl")  # Orbax's
     logger.addFilter(_nothing)
     try:

@@ -1,4 +1,4 @@
-"""Names of arrays, and of the layers that they belong to."""
+"""Handle the names of arrays and of their layers."""
 
 import re
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ T = TypeVar("T")
 
 
 def in_natural_order(by_name: Mapping[str, T]) -> dict[str, T]:
-    """Sort by name, and numbers in names by value, so that layer 2 comes before layer 10."""
+    """Sort by name, with numbers in names by value: layer 2 comes before layer 10."""
 
     def key(name: str) -> list[str | int]:
-        # Every second part is a number, so that strings are compared with strings.
+        # Every second part is a number, so strings are only compared with strings.
         parts = re.split(r"([0-9]+)", name)
         return [int(part) if k % 2 else part for k, part in enumerate(parts)]
 
@@ -21,7 +21,7 @@ def in_natural_order(by_name: Mapping[str, T]) -> dict[str, T]:
 def layer_and_leaf(name: str) -> tuple[str, str]:
     """Split a name such as "bn1.running_mean" or "batch_stats/BatchNorm_0/mean" at the leaf.
 
-    Boxes of Flax, such as NNX's variables, hold their array as `value`, which is left out.
+    A last component `value`, which Flax's boxes and NNX's variables add, is dropped.
     """
     name = re.sub(r"[./]value$", "", name)
     at = max(name.rfind("."), name.rfind("/"))
@@ -29,5 +29,5 @@ def layer_and_leaf(name: str) -> tuple[str, str]:
 
 
 def printable(text: str) -> str:
-    """Escape what is not printable, since a name in a file could control the terminal."""
+    """Escape unprintable characters, since a name in a file could control the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""Read the directories that Orbax writes."""
+"""Read Orbax directories."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 from jaxbn.health._command.errors import CheckpointError, Wanted, missing_package
 from jaxbn.health._command.names import in_natural_order
 
-# Orbax writes it into the directory of every tree.
+# Orbax writes this file into the directory of every tree.
 _METADATA = "_METADATA"
 
 
@@ -33,10 +33,10 @@ def find_step(directory: Path, step: int | None) -> tuple[int | None, Path]:
 
 
 def read(directory: Path, wanted: Wanted) -> dict[str, np.ndarray]:
-    """Return the wanted arrays of all trees in a directory, or in that of a step.
+    """Return the wanted arrays of all trees in a directory, such as that of a step.
 
-    A name is the keys on the way to the array, joined by slashes. If there are several trees, it
-    begins with that of the tree.
+    A name consists of the keys on the path to the array, joined by slashes. If there are several
+    trees, it begins with the name of the tree.
     """
     trees = [item for item in (directory, *_directories(directory)) if _is_tree(item)]
     if not trees:
@@ -68,7 +68,7 @@ def _read_tree(directory: Path, wanted: Wanted) -> dict[str, np.ndarray]:
         return leaf if wanted(_name(path)) else ocp.PLACEHOLDER
 
     selected = jax.tree_util.tree_map_with_path(select, stored)
-    # As NumPy arrays, since the devices of the run may not exist here.
+    # Restore NumPy arrays, since the devices of the training run may not exist here.
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), selected)
     arguments = ocp.args.PyTreeRestore(item=selected, restore_args=as_numpy)
     restored = handler.restore(path, args=arguments)

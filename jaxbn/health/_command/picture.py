@@ -1,4 +1,4 @@
-"""Draw the means of each layer in units of its deviations."""
+"""Draw the means of each layer in units of its standard deviations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 from jaxbn.health._command.judge import standardized_means
 from jaxbn.health._command.layers import Layer
 
-# Colours that differ for readers with any form of colour blindness (Okabe and Ito).
+# Colours that readers with colour blindness can distinguish (Okabe and Ito).
 _SOUND, _FAULTY = "#0072B2", "#D55E00"
-# Means farther away than this, in deviations, are drawn on a logarithmic axis.
+# In standard deviations. Beyond this, the axis is logarithmic if any mean is twice as far.
 _LINEAR = 3.0
-# Numbers farther away are drawn here, since Matplotlib computes with them.
+# Larger numbers are clipped to this, since they would overflow in Matplotlib.
 _FARTHEST = 1e300
-# In inches. A row is lower if there are so many layers that the picture would be too high.
+# In inches. Rows shrink if there are too many layers for the largest height.
 _ROW, _HIGHEST, _MARGINS = 0.2, 80.0, 1.3
 _WIDTH, _LETTER = 7.5, 0.06
 
@@ -30,11 +30,11 @@ def draw_picture(
     """Draw a row for each layer, with percentiles over its features. Needs Matplotlib.
 
     Args:
-      layers: in order, from the top.
-      found: what is wrong with each, in a few words; empty if nothing is.
-      path: where to write; its ending is the format.
-      title: above the picture.
-      epsilon: what is added to the variances.
+      layers: the layers, from top to bottom.
+      found: the faults of each layer, in a few words; empty if it has none.
+      path: the file to write; its ending determines the format.
+      title: the title above the picture.
+      epsilon: the epsilon that is added to the variances.
     """
     from matplotlib.figure import Figure
 
@@ -64,7 +64,7 @@ def draw_picture(
     axes.grid(axis="x", color="0.9", lw=0.6)
     axes.set_axisbelow(True)
     size = min(8.0, row * 72 * 0.6)
-    # Dollars in a name are not mathematics.
+    # Do not parse dollar signs in names as mathematics.
     literal = {"fontsize": size, "parse_math": False}
     axes.set_yticks(range(n), [layer.path for layer in layers], **literal)
     axes.set_ylim(n - 0.4, -0.6)
@@ -73,7 +73,7 @@ def draw_picture(
     notes.tick_params(length=0)
     axes.set_xlabel(
         f"running mean / sqrt(running variance + {epsilon:g}), over the features of each layer:\n"
-        "line: all; box: the middle half; tick: median; x: none is finite"
+        "line: all; box: middle half; tick: median; x: no finite values"
     )
     axes.set_title(title, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=150)

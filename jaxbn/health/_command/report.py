@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# How many layers are named that have the same fault.
+# At most this many layers with the same fault are named.
 _NAMED = 4
 
 
@@ -20,7 +20,7 @@ def show(report: Mapping[str, Any]) -> None:
     prefix = _common_prefix([layer["path"] for layer in layers])
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(f"layer in {prefix}" if prefix else "layer", overflow="fold")
-    for name in ("shape", "mean", "variance", "|mean|/dev"):
+    for name in ("shape", "mean", "variance", "|mean|/std"):
         table.add_column(name, justify="right", no_wrap=True)
     cells = [faults(layer, report["findings"]) for layer in layers]
     if any(cells):
@@ -42,21 +42,21 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def heading(report: Mapping[str, Any]) -> str:
-    """Return how many batch norms there are, and where."""
+    """Return the number of batch norms and the checkpoint as a heading."""
     n = len(report["layers"])
     step = "" if report["step"] is None else f", step {report['step']}"
     return f"{n} batch norm{'s' * (n != 1)} in {report['checkpoint']}{step}"
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
-    """Return the findings in words, one paragraph for each kind, and what was left out."""
+    """Return a paragraph for each kind of finding, and notes on counts and skipped layers."""
     by_code: dict[str, list[Mapping[str, str]]] = {}
     for finding in report["findings"]:
         by_code.setdefault(finding["code"], []).append(finding)
     paragraphs = []
     for code, findings in by_code.items():
         first, paths = findings[0], list(dict.fromkeys(f["path"] for f in findings))
-        # A text with numbers is that of one layer, and the table has the numbers of the others.
+        # If the texts differ, show that of the first layer; the table has the other numbers.
         of = f"In {first['path']}: " if any(f["text"] != first["text"] for f in findings) else ""
         paragraphs.append(f"{code}: {_listed(paths, len(report['layers']))}\n{of}{first['text']}")
     batches = [layer["batches"] for layer in report["layers"] if layer["batches"] is not None]
@@ -66,7 +66,9 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
         paragraphs.append(f"Batches counted: {counted}.")
     paragraphs += [f"Skipped {text}." for text in report["skipped"]]
     if not by_code:
-        paragraphs.append("Nothing is wrong, as far as the statistics alone show it.")
+        paragraphs.append(
+            "The statistics show no faults. To compare them with data, use jaxbn.health.check."
+        )
     return paragraphs
 
 
@@ -79,7 +81,7 @@ def _listed(paths: Sequence[str], n_layers: int) -> str:
 
 
 def faults(layer: Mapping[str, Any], findings: Sequence[Mapping[str, str]]) -> str:
-    """Return what was found in a layer, with the number of features, in few words."""
+    """Return the faults of a layer in a few words, with the number of features."""
     codes = {finding["code"] for finding in findings if finding["path"] == layer["path"]}
     words = {
         "never-updated": "never updated",
@@ -98,14 +100,14 @@ def _range(values: Sequence[float] | None) -> str:
 
 
 def _number(value: float) -> str:
-    """Return two digits of a number, without an exponent if that is as short."""
+    """Return a number with two digits, and an exponent if it is very small or large."""
     return (
         f"{value:.1e}" if value and not 1e-3 <= abs(value) < 1e4 else f"{float(f'{value:.2g}'):g}"
     )
 
 
 def _common_prefix(paths: Sequence[str]) -> str:
-    """Return what all paths begin with, up to a separator, if there are several."""
+    """Return the common prefix of several paths, up to a separator."""
     if len(paths) < 2:
         return ""
     prefix = ""
