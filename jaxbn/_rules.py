@@ -36,7 +36,9 @@ class Rules:
     """Options for the layers whose paths match patterns. Later rules win.
 
     Attributes:
-      paths: the paths of the model's batch norms that are known so far.
+      called: the paths of the batch norms that the model has called so far.
+      stored: the paths that have running statistics.
+      visited: the paths of all modules that the model has called so far.
     """
 
     def __init__(self, rules: Any):
@@ -44,7 +46,18 @@ class Rules:
         for pattern, options in rules.items():
             _check(pattern, options)
         self._rules = {pattern: dict(options) for pattern, options in rules.items()}
-        self.paths: set[str] = set()
+        self.called: set[str] = set()
+        self.stored: set[str] = set()
+        self.visited: set[str] = set()
+
+    @property
+    def paths(self) -> set[str]:
+        """The paths of the model's batch norms, as far as they are known.
+
+        A module that has running statistics, and was called without calling a batch norm of this
+        library or of Flax, is another kind of norm, which rules cannot change.
+        """
+        return self.called | (self.stored - self.visited)
 
     def options(self, path: str) -> dict[str, Any]:
         """Return the options that the rules give to the layer at `path`."""
@@ -54,15 +67,15 @@ class Rules:
                 options |= given
         return options
 
-    def check_matched(self) -> None:
-        """Check that every pattern matches one of `paths`."""
+    def check_matched(self, cause: Exception | None = None) -> None:
+        """Check that every pattern matches one of `paths`. `cause` may be a consequence."""
         for pattern in self._rules:
             if not any(matches(pattern, path) for path in self.paths):
                 having = ", ".join(map(repr, sorted(self.paths))) or "none"
                 raise ValueError(
                     f"rules must only have patterns that match a batch norm of the model, got "
                     f"{pattern!r}. The paths of its batch norms: {having}."
-                )
+                ) from cause
 
 
 class Overridden:
@@ -95,6 +108,11 @@ def _check(pattern: Any, options: Any) -> None:
     for name in ("frozen", "track"):
         if name in options:
             _checks.python_bool(name, options[name])
+    if "momentum" in options and options["momentum"] is None:
+        raise ValueError(
+            f"rules[{pattern!r}] must have a number as 'momentum', got None: the cumulative "
+            f"average needs a count among the model's variables, which rules do not change."
+        )
     for name, least in (("r_max", 1), ("d_max", 0)):
         if name in options:
             _checks.renorm_limit(name, options[name], least)

@@ -36,7 +36,10 @@ def test_errors():
     )
     with pytest.raises(ValueError) as error:
         recalibrate(network, {"params": variables["params"]}, [x], train=True)
-    assert str(error.value) == "variables have no 'mean' and 'var' in BatchNorm_0."
+    assert str(error.value) == (
+        "variables have no 'mean' and 'var' in BatchNorm_0. The running statistics are variables, "
+        "too: in Linen, model.init makes 'batch_stats', which must be kept and saved with 'params'."
+    )
     dense = nn.Dense(3)
     with pytest.raises(ValueError) as error:
         recalibrate(dense, dense.init(jax.random.key(0), x), [x])

@@ -30,7 +30,11 @@ OTHER_PARAMETERS = (
     "than in process 0: give all those of one, with "
     "jax.experimental.multihost_utils.broadcast_one_to_all(variables)."
 )
-NO_STATISTICS = "ValueError: variables have no 'mean' and 'var' in BatchNorm_0."
+NO_STATISTICS = (
+    "ValueError: variables have no 'mean' and 'var' in BatchNorm_0. The running statistics are "
+    "variables, too: in Linen, model.init makes 'batch_stats', which must be kept and saved with "
+    "'params'."
+)
 SHARED_BATCHES = (
     "ValueError: batches must hold this process's part of the data, got an array of shape (40, 16) "
     "that is divided among processes: leave out processes='together', or give the rows of this "

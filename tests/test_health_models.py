@@ -198,3 +198,35 @@ def test_frozen_dicts():
     network = Linen().recalibrate(data())
     network.variables = nn.FrozenDict(network.variables)
     assert network.check(data()).ok
+
+
+@pytest.mark.parametrize("value, found", [(2.0, []), (np.nan, [("BatchNorm_0", "non-finite")])])
+def test_a_model_with_frozen_layers_only(value, found):
+    """There is nothing to compare, but the values are checked."""
+    x = shuffled(64, batches=1)
+    model = Model(lambda norm, x: jaxbn.linen.BatchNorm(frozen=True)(x))
+    variables = model.init(jax.random.key(0), x[0])
+    variables["batch_stats"]["BatchNorm_0"]["var"] *= value
+    report = check(model, variables, x)
+    assert codes(report) == found
+    assert [row.path for row in report.layers] == ["BatchNorm_0"]
+
+
+def test_groups_of_few_values_in_large_batches_need_larger_groups():
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    (finding,) = check(*exact(lambda norm, x: norm(virtual_batch_size=8)(x), [x]), [x]).findings
+    assert "Use a larger virtual_batch_size, share" in finding.text
+
+
+def test_layers_that_share_statistics_may_have_few_values_on_each_device():
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    assert check(*exact(lambda norm, x: norm(axis_name="devices")(x), [x]), [x]).ok
+
+
+def test_rules_of_override_hold_while_a_model_is_checked():
+    x = shuffled(64, batches=1)
+    model = Model(lambda norm, x: norm(name="b")(norm(name="a")(x)))
+    variables = model.init(jax.random.key(0), x[0])
+    assert codes(check(model, variables, x)) == [("a", "never-updated")]
+    frozen = jaxbn.linen.override(check, {"a": {"frozen": True}})
+    assert codes(frozen(model, variables, x)) == [("b", "never-updated")]

@@ -126,3 +126,15 @@ def test_bad_trees():
         "jax.jit and other transforms.",
     ):
         jax.jit(assert_updated)(layer, layer)
+
+
+def test_ignored_layers_need_not_be_updated():
+    network = Linen()
+    before = network.variables
+    after = Linen().train(data()[:1]).variables
+    unchanged = {**after["batch_stats"], "block": before["batch_stats"]["block"]}
+    with pytest.raises(AssertionError, match="1 of 3 batch norms: block/norm"):
+        assert_updated(before["batch_stats"], unchanged)
+    assert_updated(before["batch_stats"], unchanged, ignore=["block/**"])
+    with raises(ValueError, "after must have the 'mean' and 'var' of at least one batch norm."):
+        assert_updated(before["batch_stats"], unchanged, ignore=["**"])

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 import jaxbn.linen
 from jaxbn._rules import FLAX_LACKS
+from jaxbn.calibrate import recalibrate
 from tests.close import assert_close, assert_equal
 from tests.linen_models import (
     MODELS,
@@ -250,6 +251,9 @@ def test_a_model_without_batch_norms_is_refused():
          "'axis_index_groups', 'virtual_batch_size', 'r_max', 'd_max'; got 'axis'."),
         ({"**": {"momentum": 2}}, ValueError, "momentum must be None or lie in [0, 1], got 2. It "
          "is the weight of the old value: PyTorch's momentum is one minus it."),
+        ({"**": {"momentum": None}}, ValueError, "rules['**'] must have a number as 'momentum', "
+         "got None: the cumulative average needs a count among the model's variables, which rules "
+         "do not change."),
         ({"**": {"frozen": "yes"}}, ValueError, "frozen must be a Python bool, got 'yes' of type "
          "str."),
         ({"**": {"axis_name": None, "axis_index_groups": ((0, 1),)}}, ValueError,
@@ -272,3 +276,49 @@ def test_the_options_that_flax_lacks_have_the_defaults_of_the_layer():
     for name, value in FLAX_LACKS.items():
         assert getattr(jaxbn.linen.BatchNorm, name) == value
         assert not hasattr(nn.BatchNorm, name)
+
+
+def test_another_kind_of_norm_is_not_matched():
+    """Its statistics have the same names, but no rule could freeze them."""
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+            return x - mean.value[None]
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Own(name="own")(nn.BatchNorm(use_running_average=True, name="norm")(x))
+
+    model = Model()
+    variables = model.init(jax.random.key(0), data())
+    with raises(ValueError, NOT_MATCHED.format("'own'", "'norm'")):
+        override(model.apply, {"own": {"frozen": True}})(variables, data())
+
+
+def test_a_pattern_without_a_layer_is_named_before_its_consequences():
+    """Without the misspelt rule, the statistics would have to be mutable."""
+    model = Shared(nn.BatchNorm)
+    variables = initialized(model)
+    apply = override(model.apply, {"shraed": {"frozen": True}})
+    with raises(ValueError, NOT_MATCHED.format("'shraed'", "'shared'")):
+        apply(variables, data(), True)
+
+
+def test_rules_hold_while_a_model_is_recalibrated():
+    model = Nested(nn.BatchNorm)
+    variables = initialized(model)
+    rules = {"backbone/**": {"frozen": True}, "head": {"epsilon": 0.1}}
+    got = override(recalibrate, rules)(model, variables, [data()], train=True)
+    ours = Nested(jaxbn.linen.BatchNorm)
+    in_place = recalibrate(ours, variables, [data()], train=True)
+    old, new = variables["batch_stats"], got["batch_stats"]
+    assert_equal(new["backbone"], old["backbone"])
+    assert not np.allclose(in_place["batch_stats"]["backbone"]["Block_0"]["BatchNorm_0"]["mean"],
+                           old["backbone"]["Block_0"]["BatchNorm_0"]["mean"])  # fmt: skip
+    # The head's input is that of evaluation.
+    _, state = model.apply(variables, data(), False, capture_intermediates=True)
+    head_input = state["intermediates"]["Dense_0"]["__call__"][0]
+    np.testing.assert_allclose(new["head"]["mean"], head_input.mean(0), rtol=1e-5)

@@ -21,12 +21,14 @@ class LayerFacts(NamedTuple):
       frozen: whether it normalizes with its running statistics in training too.
       group_values: the number of values per feature, including masked-out ones, that are normalized
         together in the largest batch.
+      shares: whether it shares statistics across devices (`axis_name`), however many.
     """
 
     epsilon: float
     momentum: float | None
     frozen: bool
     group_values: int
+    shares: bool
 
 
 class CalledLayers:
@@ -67,4 +69,5 @@ def record(path: LayerPath, layer: Any, x: ArrayLike) -> None:
         layer.momentum,
         bool(getattr(layer, "frozen", False)),
         max(math.prod(sizes), before.group_values if before else 0),
+        layer.axis_name is not None,
     )

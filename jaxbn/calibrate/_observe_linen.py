@@ -1,7 +1,6 @@
 """Observe the batch norms of a Linen model by intercepting their calls."""
 
 from collections.abc import Mapping
-from inspect import unwrap
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +15,12 @@ from jaxbn.calibrate._batches import arguments
 from jaxbn.calibrate._called_layers import CalledLayers, record
 from jaxbn.calibrate._normalize import normalize
 from jaxbn.calibrate._observe import OBSERVED, PRESCRIBED, CallMoments, Observation, PerCall
-from jaxbn.linen import BatchNorm
-
-_BATCH_NORM_CALLS = [unwrap(layer.__call__) for layer in (BatchNorm, nn.BatchNorm)]
+from jaxbn.linen._override import (
+    BATCH_NORMS_OBSERVED,
+    call_with_rules,
+    is_batch_norm_call,
+    with_rules,
+)
 
 
 def observable_linen(
@@ -33,14 +35,13 @@ def observable_linen(
         variables: Any, prescribed: PerCall[CallMoments], batch: Any, every_call: bool
     ) -> Observation:
         def interceptor(next_fun, args, kwargs, context):
-            # A layer of a derived class is intercepted when it calls its base class.
-            if unwrap(context.orig_method.func) not in _BATCH_NORM_CALLS:
+            if not is_batch_norm_call(context):
                 return next_fun(*args, **kwargs)
-            layer = context.module
+            layer = with_rules(context.module)
             x, use_running_average, mask = _observe.call_arguments(*args, **kwargs)
             record(layer.scope.path, layer, x)
             if not _observe.is_observed(layer, use_running_average, every_call):
-                return next_fun(*args, **kwargs)
+                return call_with_rules(next_fun, args, kwargs, context)
 
             call = _observe.next_call(lambda name: layer.has_variable("batch_stats", name))
             params = unbox({k: layer.get_variable("params", k) for k in _checks.PARAMS})
@@ -55,7 +56,8 @@ def observable_linen(
         for layer, calls in prescribed.items():
             statistics |= {(*layer, f"{PRESCRIBED}{i}"): call for i, call in enumerate(calls)}
         args, kwargs = arguments(batch)
-        with _observe.observing(called, every_call), nn.intercept_methods(interceptor):
+        observing = _observe.observing(called, every_call)
+        with observing, BATCH_NORMS_OBSERVED(True), nn.intercept_methods(interceptor):
             # A model in training may write to any collection but its parameters.
             output, updates = model.apply(
                 {**variables, "batch_stats": unflatten_dict(statistics)},

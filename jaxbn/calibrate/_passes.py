@@ -39,6 +39,10 @@ def of_this_process(step: Callable[[], Part]) -> list[Part]:
     return [step()]
 
 
+class NothingToObserve(ValueError):
+    """The model calls no batch norm, or only frozen ones."""
+
+
 def exact_statistics(
     model: ObservableModel, batches: Iterable[Any], gather: Gather = of_this_process
 ) -> tuple[PerCall[Statistics], BatchObserver]:
@@ -107,7 +111,7 @@ def _first_pass(
         raise ValueError("batches must hold at least one batch, got none.")
     in_training, in_all_modes = _merge_parts(parts)
     if not (in_training or in_all_modes):
-        raise ValueError(
+        raise NothingToObserve(
             "model must call a batch norm of jaxbn.linen, flax.linen, jaxbn.nnx or flax.nnx that "
             "is not frozen, got a model that calls none."
         )

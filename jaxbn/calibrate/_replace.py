@@ -28,7 +28,11 @@ def replaced(statistics: Tree, calls: PerCall[Statistics]) -> Tree:
     for layer, new in merged.items():
         by_name = indices.get(layer, {})
         if not {"mean", "var"} <= by_name.keys():
-            raise ValueError(f"variables have no 'mean' and 'var'{in_layer(layer)}.")
+            raise ValueError(
+                f"variables have no 'mean' and 'var'{in_layer(layer)}. The running statistics are "
+                f"variables, too: in Linen, model.init makes 'batch_stats', which must be kept and "
+                f"saved with 'params'."
+            )
         if np.max(new.n, initial=0) == 1 and new.ddof.flat[0] == 1:
             raise ValueError(
                 f"batches hold one value per feature{in_layer(layer)}, which has no unbiased "

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxbn.calibrate._observable import observable
-from jaxbn.calibrate._passes import exact_statistics, repeatable
+from jaxbn.calibrate._passes import NothingToObserve, exact_statistics, repeatable
 from jaxbn.health._layer import checked_layers, layers_in_evaluation
 from jaxbn.health._layer_findings import layer_findings
 from jaxbn.health._network_findings import network_findings
@@ -37,7 +37,8 @@ def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: An
       (too few updates for the momentum), or come from other data;
     - `non-finite` and `negative-variance`: some values are impossible for any data;
     - `dead-features`: the variance of the data is below epsilon;
-    - `few-values`: fewer than 16 values per feature are normalized together in every batch;
+    - `few-values`: fewer than 16 values per feature are normalized together in every batch, by a
+      layer without `axis_name`;
     - `eval-differs`: the output of the network changes by more than the distances explain. Often a
       layer is called several times, on inputs with different statistics;
     - `replicas-differ`: the variables hold a copy for each of several devices (on a leading axis,
@@ -47,6 +48,10 @@ def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: An
     Statistics are also `off` if the data comes from another domain than the training data, or lacks
     the augmentation of the training. Pass the training data to find lost updates, and the
     evaluation data to find a domain shift.
+
+    The batches are iterated over about once for each batch norm, so a few batches that represent
+    the data are enough for a deep network. The thresholds assume values that are not extremely
+    sparse or heavy-tailed.
 
     Layers in evaluation mode within a model in training mode, and `frozen` layers, normalize with
     their running statistics on purpose. They are only checked for impossible values.
@@ -89,7 +94,14 @@ def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: An
     batches = repeatable(batches)
     variables, findings = one_copy(model, variables, batches, apply_kwargs)
     observed_model = observable(model, variables, apply_kwargs)
-    calls, observe = exact_statistics(observed_model, batches)
+    try:
+        calls, observe = exact_statistics(observed_model, batches)
+    except NothingToObserve:
+        frozen = layers_in_evaluation(observed_model, {}).values()
+        if not frozen:
+            raise
+        findings += [finding for layer in frozen for finding in layer_findings(layer)]
+        return Report(tuple(layer.row for layer in frozen), None, tuple(findings))
     in_evaluation = layers_in_evaluation(observed_model, calls).values()
     spoiled = [finding for layer in in_evaluation for finding in layer_findings(layer)]
     if spoiled:

@@ -93,13 +93,16 @@ def _dead_features(layer: CheckedLayer, exact: State) -> Iterator[Finding]:
 
 
 def _few_values(layer: CheckedLayer, closest: ClosestBatch) -> Iterator[Finding]:
-    values = min(closest.values, layer.facts.group_values)
-    if values < _FEWEST_VALUES:
+    group = layer.facts.group_values
+    values = min(closest.values, group)
+    # How many devices share the statistics is not known here.
+    if values < _FEWEST_VALUES and not layer.facts.shares:
+        larger = "a larger virtual_batch_size" if group < closest.values else "larger batches"
         yield Finding(
             layer.path,
             "few-values",
             f"At most {values} values per feature are normalized together, so in training the mean "
             f"scatters by {1 / math.sqrt(max(values, 1)):.2g} standard deviations, and evaluation "
-            f"differs. Use larger batches, share statistics across devices (axis_name), or use "
-            f"another normalization.",
+            f"differs. Use {larger}, share statistics across devices (axis_name), or use batch "
+            f"renormalization (jaxbn.linen.BatchRenorm, jaxbn.nnx.BatchRenorm).",
         )

@@ -11,6 +11,9 @@ from jaxbn.health._layer import CheckedLayer
 # Findings about a layer that explain any change of the output.
 _EXPLANATIONS = {"never-updated", "off", "non-finite", "negative-variance", "replicas-differ"}
 
+# A larger change of the output, in standard deviations, is a finding whatever the layers explain.
+_LARGEST_CHANGE = 1.0
+
 
 def network_findings(
     layers: Sequence[CheckedLayer], change: float | None, findings: Iterable[Finding]
@@ -22,7 +25,8 @@ def network_findings(
     standard deviations, and the changes of several layers add up to at most their sum. Real
     networks may amplify a change, for example by averaging over an image, which shrinks the data
     but not the change. No bound holds for all networks, so a finding requires a change of more than
-    0.5 beyond the sum.
+    0.5 beyond the sum. A change of more than 1 is a finding in any case: then the errors of many
+    layers add up to as much as the output varies.
 
     If the calls of a layer have very different statistics, the layer's distance does not measure
     this. A finding then requires a change of more than 0.5.
@@ -37,11 +41,11 @@ def network_findings(
     shared = [layer for layer in layers if _distance_of_calls(layer) > LARGEST_HEALTHY]
     explained = 0.0 if shared else sum(layer.distance for layer in layers if layer.exact)
     # A change that is NaN is a finding.
-    if change <= LARGEST_HEALTHY + explained:
+    if change <= min(LARGEST_HEALTHY + explained, _LARGEST_CHANGE):
         return []
     difference = (
         f"With running instead of exact statistics, the network's output changes by {change:.2g} "
-        f"standard deviations (RMS), although the statistics of each layer agree. "
+        f"standard deviations (RMS), although no layer's statistics are far off. "
     )
     if shared:
         names = ", ".join(layer.path or "the model" for layer in shared)
@@ -58,9 +62,9 @@ def network_findings(
         Finding(
             "",
             "eval-differs",
-            f"{difference}The network amplifies small changes. Recalibrate "
-            f"(jaxbn.calibrate.recalibrate), or train with larger batches and a momentum closer to "
-            f"1.",
+            f"{difference}Small errors add up over the layers, or the network amplifies them. "
+            f"Recalibrate (jaxbn.calibrate.recalibrate), or train with larger batches and a "
+            f"momentum closer to 1.",
         )
     ]
 

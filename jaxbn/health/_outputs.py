@@ -25,7 +25,7 @@ def output_change(
     The output is computed with the running statistics, and with the exact statistics of each call.
     If it has several arrays, such as those of several heads, the largest change is returned. If it
     has no floating array, None is returned. The standard deviation is over all values of an array;
-    a single value, such as a loss, is compared with its magnitude.
+    a single value for each batch, such as a loss, is compared with its magnitude.
 
     Args:
       observe: a function that observes a batch.
@@ -45,13 +45,15 @@ def output_change(
 
     compiled = jax.jit(run, static_argnums=4)
     totals: dict[str, _Output] = {}
+    n_batches = 0
     for batch in batches:
+        n_batches += 1
         prescribed = (observe.prescribed(used, batch) for used in (running, exact))
         outputs = compiled(observe.model.variables, *prescribed, *split(batch))
         for path, of_batch in outputs.items():
             output = _output(*np.asarray(of_batch, np.float64))
             totals[path] = _merge(totals[path], output) if path in totals else output
-    return max(map(_relative, totals.values()), default=None)
+    return max((_relative(output, n_batches) for output in totals.values()), default=None)
 
 
 class _Output(NamedTuple):
@@ -96,10 +98,14 @@ def _summary(of_running: jax.Array, of_exact: jax.Array) -> jax.Array:
     return jnp.stack([n, mean(y), mean((y - mean(y)) ** 2), mean((changed - y) ** 2)])
 
 
-def _relative(output: _Output) -> float:
+def _relative(output: _Output, n_batches: int) -> float:
     (n, mean, variance, _), change = output
     if change == 0:
         return 0.0
-    # A smaller variance is only the rounding error of the mean in float32.
-    scale = variance if n > 1 and variance > 1e-12 * mean**2 else mean**2
+    # The variance between the batches' means, such as losses, says little about their size. A
+    # smaller variance than the last is only the rounding error of the mean in float32.
+    if n <= n_batches:
+        scale = max(variance, mean**2)
+    else:
+        scale = variance if variance > 1e-12 * mean**2 else mean**2
     return float(np.sqrt(change / scale)) if scale > 0 else float("inf")

@@ -12,6 +12,8 @@ from jaxbn.health._finding import Finding
 _WIDTH = 100
 # More paths than this are counted instead of listed.
 _MAX_PATHS = 8
+# A larger change of the network's output is worth a remark even if nothing is wrong.
+_SMALL_CHANGE = 0.2
 _LEGEND = (
     "change: RMS change of the normalized output caused by the running statistics. mean: largest "
     "error of a running mean, in standard deviations. variance: running / exact, worst feature."
@@ -73,16 +75,24 @@ class Report:
 
     def __str__(self) -> str:
         lines = [*self._table(), *_wrapped(_LEGEND), ""]
-        if self.output_change is not None:
+        if self.output_change is not None and math.isfinite(self.output_change):
             lines += [
                 f"The running statistics change the network's output by "
                 f"{100 * self.output_change:.3g} % of its standard deviation (RMS)."
             ]
         if self.ok:
-            return "\n".join([*lines, "The running statistics are healthy."])
+            return "\n".join([*lines, self._verdict_if_ok()])
         for alike in _alike(self.findings):
             lines += ["", *_paragraph(alike)]
         return "\n".join(lines)
+
+    def _verdict_if_ok(self) -> str:
+        if self.output_change is None or self.output_change <= _SMALL_CHANGE:
+            return "The running statistics are healthy."
+        return (
+            "No faults were found. jaxbn.calibrate.recalibrate would remove this change of the "
+            "output."
+        )
 
     def _table(self) -> list[str]:
         codes: dict[str, list[str]] = {}
@@ -92,10 +102,9 @@ class Report:
             ("layer", "values", "change", "mean", "variance", "findings")
         ]
         for path, values, *numbers in self.layers:
+            found = dict.fromkeys(codes.get(path, []))
             formatted = ("-" if math.isnan(number) else f"{number:.2g}" for number in numbers)
-            cells.append(
-                (_shown(path), str(values or "-"), *formatted, ", ".join(codes.get(path, [])))
-            )
+            cells.append((_shown(path), str(values or "-"), *formatted, ", ".join(found)))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return [
             "  ".join(

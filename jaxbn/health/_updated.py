@@ -1,6 +1,6 @@
 """Check in a training loop that running statistics are updated."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,23 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxbn._patterns import as_text, matches
 from jaxbn.calibrate._statistics import LayerPath, leaf_indices
 
 
-def assert_updated(before: Any, after: Any) -> None:
+def assert_updated(before: Any, after: Any, *, ignore: Sequence[str] = ()) -> None:
     """Raise unless a training step updated the running statistics of every batch norm.
 
     Call it after the first steps, outside `jax.jit`. It compares on the device, and copies only two
     bools per layer to the host.
 
-    A layer was updated if any value of its mean or variance differs; its `count` is ignored. Pass
-    only the layers that train: frozen layers are not updated.
+    A layer was updated if any value of its mean or variance differs; its `count` is ignored.
 
     Args:
       before: the statistics before the step: a tree with the `mean` and `var` of each layer, such
         as `variables["batch_stats"]` or all variables. A step changes an NNX model in place, so
         take `nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))` before it.
       after: the statistics after the step: a tree with the same layers.
+      ignore: patterns over the paths of layers that need not be updated, such as frozen ones:
+        `["backbone/**"]`. They are those of `jaxbn.linen.override`.
 
     Raises:
       AssertionError: the statistics of some layers were not updated, or are not finite. The text
@@ -43,6 +45,8 @@ def assert_updated(before: Any, after: Any) -> None:
     """
     _check_separate(before, after)
     old, new = _layers(before), _layers(after)
+    new = {path: leaves for path, leaves in new.items() if not _is_ignored(path, ignore)}
+    old = {path: leaves for path, leaves in old.items() if not _is_ignored(path, ignore)}
     if not new:
         raise ValueError("after must have the 'mean' and 'var' of at least one batch norm.")
     if old.keys() != new.keys():
@@ -104,6 +108,10 @@ def _layers(tree: Any) -> dict[LayerPath, tuple[Any, ...]]:
         for layer, indices in leaf_indices(tree).items()
         if {"mean", "var"} <= indices.keys()
     }
+
+
+def _is_ignored(layer: LayerPath, patterns: Sequence[str]) -> bool:
+    return any(matches(pattern, as_text(layer)) for pattern in patterns)
 
 
 def _check_separate(before: Any, after: Any) -> None:

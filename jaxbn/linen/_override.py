@@ -20,6 +20,9 @@ _BATCH_NORM_CALLS = [unwrap(layer.__call__) for layer in (BatchNorm, nn.BatchNor
 # caches of traces, so compiled functions inside the model, such as those of `nn.jit`, are traced
 # again for other rules.
 _ACTIVE = jax.make_user_context(())
+# Whether another interceptor calls the batch norms, as `calibrate` does to observe them. It has to
+# apply the rules itself.
+BATCH_NORMS_OBSERVED = jax.make_user_context(False)
 
 
 def override(fn: Function, rules: Mapping[str, Mapping[str, Any]]) -> Function:
@@ -35,7 +38,8 @@ def override(fn: Function, rules: Mapping[str, Mapping[str, Any]]) -> Function:
     it with `fn`. To add rules, override the result again; the later rules win.
 
     Args:
-      fn: `model.apply`, `model.init` or another function that runs a Linen model.
+      fn: `model.apply`, `model.init` or another function that runs a Linen model, such as
+        `jaxbn.calibrate.recalibrate` and `jaxbn.health.check`.
       rules: a mapping from patterns to options. A pattern matches paths of layers in `batch_stats`,
         such as "backbone/BatchNorm_0": "*" matches any characters of a name, "**" any number of
         names, including none. The options are a mapping with any of `frozen`, `track`, `momentum`,
@@ -71,28 +75,53 @@ def override(fn: Function, rules: Mapping[str, Mapping[str, Any]]) -> Function:
 
     @wraps(fn)
     def overridden(*args, **kwargs):
-        checked_rules.paths |= _paths_of_statistics(args[0] if args else kwargs.get("variables"))
-        with _ACTIVE((checked_rules, *_ACTIVE.value)), nn.intercept_methods(_call_with_rules):
-            result = fn(*args, **kwargs)
+        checked_rules.stored |= _paths_of_statistics(args[0] if args else kwargs.get("variables"))
+        try:
+            with _ACTIVE((checked_rules, *_ACTIVE.value)), nn.intercept_methods(_intercept):
+                result = fn(*args, **kwargs)
+        except Exception as error:
+            # The reason may be a pattern that matches nothing, and so freezes no layer.
+            if checked_rules.paths:
+                checked_rules.check_matched(error)
+            raise
         checked_rules.check_matched()
         return result
 
     return overridden  # type: ignore[return-value]
 
 
-def _call_with_rules(next_fun, args, kwargs, context):
-    """Call a method of a module, with the active rules if it is the call of a batch norm."""
-    # A layer of a derived class is intercepted when it calls its base class.
-    if unwrap(context.orig_method.func) not in _BATCH_NORM_CALLS:
-        return next_fun(*args, **kwargs)
-    path = as_text(context.module.path)
+def is_batch_norm_call(context: Any) -> bool:
+    """Return whether a method is the call of a batch norm, of this library or of Flax.
+
+    A layer of a derived class is intercepted when it calls its base class.
+    """
+    return unwrap(context.orig_method.func) in _BATCH_NORM_CALLS
+
+
+def with_rules(layer: Any) -> Any:
+    """Return a batch norm with the options that the active rules give it."""
+    path = as_text(layer.path)
     options: dict[str, Any] = {}
     for rules in _ACTIVE.value:
-        rules.paths.add(path)
+        rules.called.add(path)
         options |= rules.options(path)
-    if not options:
+    return Overridden(layer, options) if options else layer
+
+
+def call_with_rules(next_fun, args, kwargs, context):
+    """Call a batch norm with the options that the active rules give it."""
+    layer = with_rules(context.module)
+    if layer is context.module:
         return next_fun(*args, **kwargs)
-    return unwrap(BatchNorm.__call__)(Overridden(context.module, options), *args, **kwargs)
+    return unwrap(BatchNorm.__call__)(layer, *args, **kwargs)
+
+
+def _intercept(next_fun, args, kwargs, context):
+    if is_batch_norm_call(context) and not BATCH_NORMS_OBSERVED.value:
+        return call_with_rules(next_fun, args, kwargs, context)
+    for rules in _ACTIVE.value:
+        rules.visited.add(as_text(context.module.path))
+    return next_fun(*args, **kwargs)
 
 
 def _paths_of_statistics(variables: Any) -> set[str]:

@@ -23,6 +23,9 @@ def override(model: nnx.Module, rules: Mapping[str, Mapping[str, Any]]) -> None:
     `frozen` and `track` remain in effect when `model.train()`, `model.eval()`, `nnx.view` or a call
     sets `use_running_average`. To undo a rule, override again.
 
+    Call it outside of `nnx.jit` and other transforms, as it changes the classes of Flax's layers. A
+    derived class must call the `__call__` of its base class.
+
     Args:
       model: the model.
       rules: a mapping from patterns to options. A pattern matches paths of layers, such as
@@ -58,7 +61,7 @@ def override(model: nnx.Module, rules: Mapping[str, Mapping[str, Any]]) -> None:
         for path, node in nnx.iter_graph(model)
         if isinstance(node, BatchNorm | nnx.BatchNorm)
     }
-    checked_rules.paths.update(layers)
+    checked_rules.called.update(layers)
     checked_rules.check_matched()
     changes = {path: checked_rules.options(path) for path in layers}
     for path, options in changes.items():
