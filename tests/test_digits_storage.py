@@ -108,7 +108,8 @@ def test_pictures_that_cannot_be_written(tmp_path, monkeypatch):
     history = History(loss=[1.0], train_accuracy=[0.4], test_accuracy=[0.5])
     statistics = {"BatchNorm_0": {"mean": np.zeros(4), "var": np.ones(4)}}
     history.record_moving(0, 1, statistics)
-    result = Result(None, history, {"moving": 0.5, "batch": 0.5}, statistics)
+    sample = np.zeros((1, 8, 8, 1), np.float32)
+    result = Result(None, history, {"moving": 0.5, "batch": 0.5}, sample, statistics)
     monkeypatch.setattr(command, "train", lambda config: result)
     (tmp_path / "loss.png").mkdir()
     with pytest.raises(SystemExit) as exit_info:
