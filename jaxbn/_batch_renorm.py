@@ -54,9 +54,8 @@ def batch_renorm(
     `batch_norm`, and so is training with `r_max=1, d_max=0`.
 
     The running statistics of the first steps mean little. Begin with `r_max=1, d_max=0`, and relax
-    them as the paper does: to 3 and 5 over some thousand steps. Both may be traced, so that a
-    schedule does not compile anew in each step. A `momentum` of 0.99 suits small batches better
-    than the default.
+    both gradually, as the paper does, to 3 and 5. They may be traced, so that a schedule does not
+    compile anew in each step.
 
     Args:
       params, x, train, axis, momentum, batch_variance, running_variance, axis_name: as in
@@ -87,8 +86,8 @@ def batch_renorm(
       True
 
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
-    Batch-Normalized Models", 2017, algorithm 1. There, epsilon is added to the deviations, and the
-    running deviation is an average of deviations; here it is the root of the average of variances.
+    Batch-Normalized Models", 2017, algorithm 1. There, the running deviation is an average of
+    deviations; here it is the root of the running variance plus epsilon.
     """
     _checks.renorm_limit("r_max", r_max, least=1)
     _checks.renorm_limit("d_max", d_max, least=0)

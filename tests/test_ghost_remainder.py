@@ -47,7 +47,7 @@ def test_the_last_group_is_a_batch_of_its_own(rng, examples, masked, options):
 
 
 def test_all_groups_have_the_same_weight(rng):
-    """Of the state, as two batches of different sizes have."""
+    """Each group moves the state as much as any other, whatever its size."""
     state = {"mean": jnp.zeros(C), "var": jnp.ones(C)}
     x = jnp.asarray(np.repeat([1.0, 4.0], [SIZE, 2])[:, None] * np.ones(C), jnp.float32)
     options = {"momentum": 0.5, "virtual_batch_size": SIZE}

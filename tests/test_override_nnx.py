@@ -56,7 +56,7 @@ def test_variables_are_the_very_objects_and_shared_layers_stay_shared(make):
     before = list(variables_and_modules(model))
     values = nnx.to_pure_dict(nnx.state(model))
     override(model, {"**": {"frozen": True}})
-    # Each object is listed once, so a layer that is no longer shared would be listed twice.
+    # A layer that is no longer shared would be listed twice.
     assert list(variables_and_modules(model)) == before
     assert_equal(nnx.to_pure_dict(nnx.state(model)), values)
 

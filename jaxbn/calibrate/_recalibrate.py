@@ -82,10 +82,11 @@ def recalibrate(
 
     Raises:
       TypeError: `model` or `variables` has another type, or `batches` is a mapping.
-      ValueError: there is no batch, no batch norm, or no value; one value per feature,
-        for which no unbiased variance exists; statistics that are not finite; a batch norm in a
-        loop that carries its statistics. With `processes="together"`: parameters that differ
-        between processes, or arrays that are divided among them.
+      ValueError: `batches` is empty or holds no values; the model calls no batch norm that is not
+        frozen; there is one value per feature, which has no unbiased variance; statistics are not
+        finite; a batch norm is in a loop that carries its statistics. With
+        `processes="together"`: parameters differ between processes, or arrays are divided among
+        them.
       RuntimeError: the call failed in another process. The text says where and why.
 
     Example:

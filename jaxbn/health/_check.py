@@ -73,8 +73,9 @@ def check(model: Any, variables: Any, batches: Iterable[Any], **apply_kwargs: An
 
     Raises:
       TypeError: `model` or `variables` has another type, or `batches` is a mapping.
-      ValueError: there is no batch, no batch norm, or no value; the statistics of the data are not
-        finite; or the variables hold copies with different parameters.
+      ValueError: `batches` is empty or holds no values; the model calls no batch norm; the
+        statistics of the data are not finite; or the variables hold copies with different
+        parameters.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn.linen

@@ -136,7 +136,7 @@ def _paragraph(alike: list[Finding]) -> list[str]:
 
 
 def _shown(path: str) -> str:
-    """Return a path as it is shown; the path of the whole model is empty."""
+    """Return the text that the report shows for a path, which is empty for the whole model."""
     return path or "(the model)"
 
 

@@ -31,8 +31,8 @@ def assert_updated(before: Any, after: Any, *, ignore: Sequence[str] = ()) -> No
     Raises:
       AssertionError: the statistics of some layers were not updated, or are not finite. The text
         gives their paths.
-      ValueError: there is no batch norm; layers or shapes differ; the statistics are traced; or
-        `before` was changed or donated by the step.
+      ValueError: no batch norm is found; `before` and `after` differ in layers or shapes; the
+        statistics are traced; or the step changed or donated `before`.
 
     Example:
       >>> import jax, jaxbn.linen

@@ -80,8 +80,9 @@ def override(fn: Function, rules: Mapping[str, Mapping[str, Any]]) -> Function:
             with _ACTIVE((checked_rules, *_ACTIVE.value)), nn.intercept_methods(_intercept):
                 result = fn(*args, **kwargs)
         except Exception as error:
-            # The reason may be a pattern that matches nothing, and so freezes no layer.
-            if checked_rules.paths:
+            # The reason may be a pattern that matches nothing, and so freezes no layer. Only the
+            # variables tell all layers, as those behind the error were not called.
+            if checked_rules.stored:
                 checked_rules.check_matched(error)
             raise
         checked_rules.check_matched()
