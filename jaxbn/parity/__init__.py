@@ -1,9 +1,10 @@
 """Find out which convention a batch norm follows, and where two layers or two networks differ.
 
-`_layer` defines what these tools call on a layer. Four private packages implement them:
+`_layer` defines what these tools call on a layer. These private packages implement them:
 
 - `_adapters` wraps the frameworks' layers, so that they have these methods.
 - `_identify` finds a layer's convention by probing it.
+- `_networks` runs the frameworks' networks, and `_match` finds which layers correspond.
 - `_compare` trains two layers, or runs two networks, side by side. Its `diagnosis` finds the
   reasons for their differences.
 - `_command` is behind `python -m jaxbn.parity`, which probes all installed frameworks.
@@ -26,6 +27,7 @@ from jaxbn.parity._identify import ConventionError as ConventionError
 from jaxbn.parity._identify import identify as identify
 from jaxbn.parity._layer import DifferentiableLayer as DifferentiableLayer
 from jaxbn.parity._layer import Layer as Layer
+from jaxbn.parity._match import match_names as match_names
 
 __all__ = [
     "ConventionError",
@@ -41,6 +43,7 @@ __all__ = [
     "identify",
     "keras_layer",
     "linen_layer",
+    "match_names",
     "nnx_layer",
     "torch_layer",
 ]
