@@ -19,9 +19,11 @@ from jaxbn.parity._adapters import keras_layer as keras_layer
 from jaxbn.parity._adapters import linen_layer as linen_layer
 from jaxbn.parity._adapters import nnx_layer as nnx_layer
 from jaxbn.parity._adapters import torch_layer as torch_layer
+from jaxbn.parity._compare import AccuracyReport as AccuracyReport
 from jaxbn.parity._compare import Report as Report
 from jaxbn.parity._compare import assert_parity as assert_parity
 from jaxbn.parity._compare import compare as compare
+from jaxbn.parity._compare import compare_accuracy as compare_accuracy
 from jaxbn.parity._compare import compare_models as compare_models
 from jaxbn.parity._identify import ConventionError as ConventionError
 from jaxbn.parity._identify import identify as identify
@@ -30,6 +32,7 @@ from jaxbn.parity._layer import Layer as Layer
 from jaxbn.parity._match import match_names as match_names
 
 __all__ = [
+    "AccuracyReport",
     "ConventionError",
     "DifferentiableLayer",
     "Layer",
@@ -37,6 +40,7 @@ __all__ = [
     "assert_parity",
     "batch_norm_layer",
     "compare",
+    "compare_accuracy",
     "compare_models",
     "equinox_layer",
     "haiku_layer",

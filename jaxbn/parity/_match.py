@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from difflib import SequenceMatcher
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,13 +88,16 @@ def matched(candidate: LabelAndCalls, reference: LabelAndCalls) -> dict[str, str
         )
     if [call.layer for call in ours] == [call.layer for call in theirs]:
         return {a.name: b.name for a, b in zip(ours, theirs, strict=True)}
-    left, right = _signatures(ours), _signatures(theirs)
+    left = _Side(candidate[0], ours, _signatures(ours))
+    right = _Side(reference[0], theirs, _signatures(theirs))
+    if Counter(left.signatures) != Counter(right.signatures):
+        _raise_without_counterpart(left, right)
     places: dict[Any, list[str]] = defaultdict(list)
-    for signature, call in zip(right, theirs, strict=True):
+    for signature, call in zip(right.signatures, theirs, strict=True):
         places[signature].append(call.name)
-    if sorted(map(str, left)) != sorted(map(str, right)):
-        _raise_without_counterpart((candidate[0], ours, left), (reference[0], theirs, right))
-    return {a.name: places[signature].pop(0) for signature, a in zip(left, ours, strict=True)}
+    return {
+        a.name: places[signature].pop(0) for signature, a in zip(left.signatures, ours, strict=True)
+    }
 
 
 def _first_calls(calls: Sequence[Call]) -> list[Call]:
@@ -118,40 +121,39 @@ def _signatures(calls: Sequence[Call]) -> list[tuple[Facts, Facts | None]]:
     return signatures
 
 
-# The label of a network, its layers, and their signatures.
-_Side = tuple[str, Sequence[Call], Sequence[Any]]
+class _Side(NamedTuple):
+    """The layers of one network, and what each is."""
+
+    label: str
+    layers: Sequence[Call]
+    signatures: Sequence[tuple[Facts, Facts | None]]
+
+    def around(self, place: int) -> str:
+        """Return the layers around a place in words."""
+        start, stop = max(place - _AROUND, 0), place + _AROUND + 1
+        shown = [f"{call.name} ({call.layer})" for call in self.layers[start:stop]]
+        before, after = ["..."] * (start > 0), ["..."] * (stop < len(self.layers))
+        return f"{self.label} calls {', '.join([*before, *shown, *after]) or 'no layers'}"
 
 
 def _raise_without_counterpart(ours: _Side, theirs: _Side) -> None:
     """Raise an error that names the first layer without a counterpart."""
-    matcher = SequenceMatcher(None, ours[2], theirs[2], autojunk=False)
-    for tag, i, end, j, _ in matcher.get_opcodes():
+    matcher = SequenceMatcher(None, ours.signatures, theirs.signatures, autojunk=False)
+    for tag, *places in matcher.get_opcodes():
         if tag == "equal":
             continue
-        for (label, calls, own), (other, _, others), start, stop in (
-            (ours, theirs, i, end),
-            (theirs, ours, j, _),
-        ):
-            for k in range(start, stop):
-                signature = own[k]
-                if own.count(signature) > others.count(signature):
-                    around = " and ".join(
-                        f"{side[0]} calls {_around(side[1], place)}"
-                        for side, place in ((ours, i), (theirs, j))
-                    )
+        i, i_end, j, j_end = places
+        around = f"{ours.around(i)}; {theirs.around(j)}"
+        for side, other, first, end in ((ours, theirs, i, i_end), (theirs, ours, j, j_end)):
+            for layer, signature in zip(
+                side.layers[first:end], side.signatures[first:end], strict=True
+            ):
+                if side.signatures.count(signature) > other.signatures.count(signature):
                     raise ValueError(
-                        f"{calls[k].name} in {label}, {_described(*signature)}, has no counterpart "
-                        f"in {other}: {around}."
+                        f"{layer.name} in {side.label}, {_described(*signature)}, has no "
+                        f"counterpart in {other.label}. {around}."
                     )
 
 
 def _described(layer: Facts, before: Facts | None) -> str:
-    text = f"a {layer}" if before is None else f"a {layer} directly after a {before}"
-    return text.replace("a embedding", "an embedding")
-
-
-def _around(calls: Sequence[Call], place: int) -> str:
-    start, stop = max(place - _AROUND, 0), place + _AROUND + 1
-    shown = [f"{call.name} ({call.layer})" for call in calls[start:stop]]
-    dots = ["..."] if start else []
-    return ", ".join([*dots, *shown, *(["..."] if stop < len(calls) else [])]) or "no layers"
+    return str(layer) if before is None else f"{layer} directly after {before}"

@@ -49,8 +49,7 @@ class KerasNetwork(JaxNetwork):
         with _recording(recorder, {id(layer): name for name, layer in self.layers.items()}):
             output, state = self.model.stateless_call(*variables, x, training=train)
         after = {
-            id(v): value
-            for v, value in zip(self.model.non_trainable_variables, state, strict=True)
+            id(v): value for v, value in zip(self.model.non_trainable_variables, state, strict=True)
         }
         statistics = {
             name: (after[id(layer.moving_mean)], after[id(layer.moving_variance)])

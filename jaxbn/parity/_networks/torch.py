@@ -53,12 +53,12 @@ class TorchNetwork:
         def keep_call(name, args, output):
             layer = facts[name]
             given = [v for v in args if isinstance(v, torch.Tensor)][:1]
-            # A tensor that was written to since has another version.
-            source = next(
-                (k for ref, v, k in reversed(returned) if given and ref() is given[0]
-                 and given[0]._version == v),
-                None,
-            )  # fmt: skip
+            source = None
+            for ref, version, other in reversed(returned):
+                # A tensor that was written to since has another version.
+                if given and ref() is given[0] and given[0]._version == version:
+                    source = other
+                    break
             calls.append(Call(name, layer, source, False))
             if layer is not None and isinstance(output, torch.Tensor):
                 returned.append((weakref.ref(output), output._version, name))
