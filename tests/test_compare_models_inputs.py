@@ -83,7 +83,7 @@ def test_tokens_have_no_gradient():
         ),
         (
             {"bn1": "norm"},
-            "names has ['norm'], which the PyTorch model does not have; it has "
+            "names has ['norm'], which PyTorch does not have; it has "
             "['block', 'block.bn', 'block.conv', 'block.relu', 'bn1', 'conv1', 'head'].",
         ),
     ],

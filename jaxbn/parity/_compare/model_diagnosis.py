@@ -22,16 +22,22 @@ def diagnose_models(
     candidate: Network, reference: Network, runs: Runs, rows: Sequence[Row], rtol: float
 ) -> tuple[str, ...]:
     """Return why the first batch norm that differs does so, or nothing if none can be compared."""
+    first = next((row for row in rows if not row.relative <= rtol), None)
     for name in _suspects(rows, rtol, runs):
         ours, theirs = candidate.batch_norm(name), reference.batch_norm(runs.names[name])
         inputs = runs.theirs["training"].norm_inputs.get(runs.names[name])
         if ours is None or theirs is None or inputs is None or len(inputs) < 2:
             continue
+        own = runs.ours["training"].norm_inputs[name]
+        if own.shape != inputs.shape or not np.all(np.isfinite(inputs)):
+            continue
         tolerance = min(rtol, _LAST_PLACES * last_place_of_one(inputs.dtype))
         report = compare(ours, theirs, _batches(inputs), rtol=tolerance)
-        if report.ok:
-            return (f"{name}, the first batch norm that differs, agrees on the same input",)
-        return tuple(f"{name}: {reason}" for reason in report.diagnosis)
+        reasons = report.diagnosis or ("no difference on the same input",)
+        assert first is not None
+        if first.stage.endswith("forward") and first.name != name:
+            reasons = (f"{first.name} differs before it does", *reasons)
+        return tuple(f"{name}: {reason}" for reason in reasons)
     return ()
 
 

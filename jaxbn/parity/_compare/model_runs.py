@@ -54,7 +54,7 @@ class Runs(NamedTuple):
                 yield Quantity("running statistics", f"{name} {which}", one, other)
         for mode in MODES:
             ours, theirs = self.ours[mode].gradients, self.theirs[mode].gradients
-            for name, other in [*reversed(self.names.items()), (INPUT, INPUT)]:
+            for name, other in [*reversed(list(self.names.items())), (INPUT, INPUT)]:
                 if name in ours and other in theirs:
                     yield Quantity(f"{mode} backward", name, ours[name], theirs[other])
 

@@ -101,6 +101,7 @@ class JaxNetwork:
 
     def __init__(self, label: str, variables: Any):
         self.label, self.variables = label, variables
+        self._traces: dict[Any, tuple[Recorder, jax.ShapeDtypeStruct]] = {}
 
     def forward(
         self, variables: Any, x: jax.Array, train: bool, recorder: Recorder
@@ -149,20 +150,23 @@ class JaxNetwork:
 
         result = copy.copy(self)
         result.variables = jax.tree.map(cast, self.variables)
+        result._traces = {}
         return result
 
     def _trace(self, x: jax.Array, train: bool) -> tuple[Recorder, jax.ShapeDtypeStruct]:
         """Return what a forward pass records, and the shape of its output, without computing."""
-        recorders = []
+        key = (x.shape, x.dtype, train)
+        if key not in self._traces:
+            recorders = []
 
-        def forward(variables, x):
-            recorder = Recorder(self.label, x, {})
-            recorders.append(recorder)
-            return self.forward(variables, x, train, recorder)[0]
+            def forward(variables, x):
+                recorders.append(Recorder(self.label, x, {}))
+                return self.forward(variables, x, train, recorders[-1])[0]
 
-        output = jax.eval_shape(forward, self.variables, x)
-        require_array(self.label, OUTPUT, output, jax.ShapeDtypeStruct)
-        return recorders[-1], output
+            output = jax.eval_shape(forward, self.variables, x)
+            require_array(self.label, OUTPUT, output, jax.ShapeDtypeStruct)
+            self._traces[key] = recorders[-1], output
+        return self._traces[key]
 
     def _require_recordable(self, names: Sequence[str], traced: Recorder) -> None:
         for call in traced.calls:

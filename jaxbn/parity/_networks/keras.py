@@ -16,7 +16,6 @@ from jaxbn.parity._networks.jax_network import JaxNetwork, Recorder, TracedStati
 # The attributes that hold the weights of a layer, and their names in Flax.
 _PARAMS = {
     "kernel": "kernel",
-    "depthwise_kernel": "kernel",
     "embeddings": "embedding",
     "gamma": "scale",
 }
@@ -35,7 +34,7 @@ class KerasNetwork(JaxNetwork):
                 "the environment before importing it."
             )
         if not model.built:
-            raise ValueError(f"the {label} model is not built; call it on an input first.")
+            raise ValueError(f"the model in {label} is not built; call it on an input first.")
         self.model, self.layers = model, dict(_layers(model))
         values = [
             [v.value for v in variables]
@@ -65,8 +64,8 @@ class KerasNetwork(JaxNetwork):
     def astype(self, dtype: str) -> Self:
         if any(v.dtype != dtype for v in self.model.weights if v.dtype.startswith("float")):
             raise TypeError(
-                f"the layers of the {self.label} model compute in the dtype that they were made "
-                f"with, so they cannot run in {dtype}, too; compare with a model in Flax."
+                f"the layers in {self.label} compute in the dtype that they were made with, so "
+                f"they cannot run in {dtype}."
             )
         return self
 
@@ -90,7 +89,7 @@ def _recording(recorder: Recorder, names: Mapping[int, str]) -> Iterator[None]:
         axis = getattr(layer, "axis", None)
         return recorder.record(name, lambda: _facts(layer), axis, call, args, kwargs)
 
-    keras.layers.Layer.__call__ = __call__
+    keras.layers.Layer.__call__ = __call__  # pyright: ignore
     try:
         yield
     finally:

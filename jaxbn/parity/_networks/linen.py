@@ -49,7 +49,7 @@ class LinenNetwork(JaxNetwork):
             axis = getattr(module, "axis", None)
             return recorder.record(name, lambda: _facts(module), axis, call, args, kwargs)
 
-        options = {"rngs": {"params": jax.random.key(0)}}
+        options: dict[str, Any] = {"rngs": {"params": jax.random.key(0)}}
         options |= self.options.of(type(self.module).__call__, train)
         with nn.intercept_methods(intercept):
             if variables is None:

@@ -89,9 +89,11 @@ def _network(
         graphdef, *states = model
         return NnxNetwork(label, graphdef, nnx.merge_state(*states), options)
     if isinstance(model, tuple):
-        return LinenNetwork(label, *model, options)
+        module, variables = model
+        return LinenNetwork(label, module, variables, options)
     if getattr(model, "scope", None) is not None:
-        return LinenNetwork(label, *model.unbind(), options)
+        module, variables = model.unbind()
+        return LinenNetwork(label, module, variables, options)
     if need_variables:
         raise TypeError(
             f"{role} must be a bound Linen module, model.bind(variables), or the pair (model, "

@@ -79,7 +79,7 @@ class TorchNetwork:
         if unknown:
             known = sorted(name for name, _ in self.model.named_modules() if name)
             raise ValueError(
-                f"names has {unknown}, which the {self.label} model does not have; it has {known}."
+                f"names has {unknown}, which {self.label} does not have; it has {known}."
             )
         # The caller may have turned gradients off, but gradients are compared here.
         with torch.inference_mode(False), torch.enable_grad():
@@ -191,7 +191,7 @@ class TorchNetwork:
 
 def _dtype_message(label: str, own: torch.dtype, got: torch.dtype) -> str:
     own_name, name = (str(dtype).removeprefix("torch.") for dtype in (own, got))
-    text = f"the parameters of the {label} model are {own_name}, but x is {name}"
+    text = f"the parameters in {label} are {own_name}, but x is {name}"
     if own_name == "float64" and jnp.zeros(()).dtype != jnp.float64:
         return (
             f"{text}, since JAX's 64-bit types are off: call "
