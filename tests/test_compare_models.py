@@ -74,27 +74,39 @@ def test_gradients_are_those_with_respect_to_the_intermediates(theirs):
     assert np.sum(found.gradients["bn1"] * direction) == pytest.approx(slope, rel=1e-6)
 
 
+RATIO = "n/(n-1) = 32/31"
 FAULTS = {
-    "epsilon": ({"norm2": {"epsilon": 1e-3}}, ("evaluation forward", "block/bn")),
+    "epsilon": (
+        {"norm2": {"epsilon": 1e-3}},
+        ("evaluation forward", "block/bn"),
+        ("block/bn: epsilon 1e-3 against 1e-5",),
+    ),
     "biased running variance": (
         {"norm1": {"running_variance": "biased"}},
         ("running statistics", "bn1 var"),
+        (f"bn1: running variance differs by {RATIO}: biased against unbiased",),
     ),
-    "momentum": ({"norm2": {"momentum": 0.1}}, ("running statistics", "block/bn mean")),
+    "momentum": (
+        {"norm2": {"momentum": 0.1}},
+        ("running statistics", "block/bn mean"),
+        ("block/bn: momentum 0.1 against 0.9: the two definitions of momentum, m and 1 - m",),
+    ),
     "unbiased batch variance": (
         {"norm2": {"batch_variance": "unbiased"}},
         ("training forward", "block/bn"),
+        (f"block/bn: batch variance differs by {RATIO}: unbiased against biased",),
     ),
-    "no relu": ({"relu": False}, ("evaluation forward", "block")),
+    "no relu": ({"relu": False}, ("evaluation forward", "block"), ()),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_first_difference_is_at_the_fault(theirs, fault):
-    options, expected = FAULTS[fault]
+    options, expected, diagnosis = FAULTS[fault]
     model = net(**options)
     report = compare_models((model, variables_of(theirs)), theirs, images(), NAMES, rtol=1e-9)
     assert place(report) == expected
+    assert report.diagnosis == diagnosis
     with raises(AssertionError, str(report)):
         report.raise_if_different()
     assert f"The first difference is at {expected[0]}, {expected[1]}: " in str(report)
@@ -106,6 +118,10 @@ def test_a_transposed_kernel(theirs):
     conv["kernel"] = conv["kernel"].transpose(1, 0, 2, 3)
     report = compare_models((net(), variables), theirs, images(), NAMES)
     assert place(report) == ("evaluation forward", "block/conv")
+    assert report.diagnosis == (
+        "block/bn: block/conv differs before it does",
+        "block/bn: no difference on the same input",
+    )
 
 
 def test_a_fault_in_the_backward_pass_alone(theirs):
@@ -120,6 +136,7 @@ def test_a_fault_in_the_backward_pass_alone(theirs):
 
     report = compare_models((Stopped({}, {}), variables_of(theirs)), theirs, images(), NAMES)
     assert place(report) == ("evaluation backward", "bn1")
+    assert report.diagnosis == ()
 
 
 def test_shapes_may_differ(theirs):

@@ -192,3 +192,38 @@ def test_the_tools_need_neither_flax_nor_torch_to_be_imported():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "compare_models\n"
+
+
+NCHW = (
+    "x has shape (4, 3, 5, 5), with channels on axis 1, but must have them last, as Flax does: "
+    "conv1 in {} takes 3 channels. Pass x.transpose(0, 2, 3, 1)."
+)
+
+
+def test_channels_first(theirs):
+    ours, x = (net(), variables_of(theirs)), images().transpose(0, 3, 1, 2)
+    for names in (None, NAMES):
+        with raises(ValueError, NCHW.format("Flax")):
+            compare_models(ours, theirs, x, names)
+    with raises(ValueError, NCHW.format("PyTorch")):
+        compare_models(theirs, ours, x)
+
+
+def test_dtypes_that_differ(theirs):
+    ours = (net(), variables_of(theirs))
+    with raises(
+        ValueError,
+        "the parameters in PyTorch are float64, but x is float32: pass x.astype('float64'), or "
+        "convert the model to float32.",
+    ):
+        compare_models(ours, theirs, images(np.float32))
+    with (
+        jax.enable_x64(False),
+        raises(
+            ValueError,
+            "the parameters in PyTorch are float64, but x is float32, since JAX's 64-bit types are "
+            "off: call jax.config.update('jax_enable_x64', True) first, or compare in float32 with "
+            "model.float().",
+        ),
+    ):
+        compare_models(ours, theirs, images())
