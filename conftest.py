@@ -17,6 +17,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 HAIKU = "Haiku promotes the count of its moving averages."
 FLAX = "Flax promotes inputs of other dtypes than the parameters'."
+KERAS = "Keras adds a bias of shape (C,) to a batch."
 OPTAX = "Optax promotes the count of its steps."
 EXAMPLES = "The examples train with Optax, and take inputs of other dtypes than the parameters'."
 # Modules, of tests or of doctests, in which a framework promotes, and what it promotes.
@@ -25,6 +26,7 @@ PROMOTING = {
     **dict.fromkeys(("test_parity_command", "test_parity_frameworks"), HAIKU),
     **dict.fromkeys(("test_calibrate", "test_calibrate_nnx", "test_fold_linen"), FLAX),
     **dict.fromkeys(("_fold", "test_fold"), "Users add a bias of shape (C,) to a batch."),
+    "test_compare_models_frameworks": KERAS,
     "test_decay_mask": OPTAX,
     **dict.fromkeys(("test_data_parallel", "test_digits", "test_digits_teaching"), EXAMPLES),
     **dict.fromkeys(("test_digits_storage", "test_data_parallel_runs"), EXAMPLES),
