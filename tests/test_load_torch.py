@@ -1,18 +1,11 @@
 """Flax models compute what PyTorch's do, once their state dicts are loaded."""
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from flax import nnx
 
-import jaxbn.linen
-import jaxbn.nnx
-from jaxbn.convert import batch_norms_from_torch, load_torch, variables_from_torch
-from tests.conversion import assert_same
+from jaxbn.convert import load_torch, variables_from_torch
 from tests.loading import (
     CASES,
     TOLERANCE,

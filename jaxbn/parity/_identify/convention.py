@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn.parity._identify.black_box import BATCH_SIZES, BlackBox, over_biased, probe_batch
+from jaxbn.parity._identify.common_size import with_common_size
 from jaxbn.parity._identify.normalization import (
     Normalization,
     find_normalization,
@@ -63,7 +64,7 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
     """
     if num_features < 1:
         raise ValueError(f"num_features is {num_features}; it must be at least 1.")
-    box = BlackBox(layer, num_features)
+    box = BlackBox(with_common_size(layer, num_features), num_features)
     box.probe = "evaluation"
     # Before any training step: a larger running variance may later hide an epsilon.
     mean, var = box.running()
