@@ -76,7 +76,7 @@ class JaxFunctionLayer:
         try:
             self._programs = _shared_programs(apply)
         except TypeError:
-            # Options that cannot be hashed, such as arrays, cannot be compared with another layer's.
+            # Options that cannot be hashed, such as arrays, cannot be compared either.
             self._programs, self.with_features = _programs(apply), None
 
     def train(self, x: np.ndarray) -> np.ndarray:

@@ -38,6 +38,9 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
       `running_variance`. Pass them on as `batch_norm(..., **identify(layer, 16))`. Each number is
       the shortest decimal within the error of the measurement.
 
+      If training does not move the running statistics at all, `momentum` is 1 (0 in PyTorch), and
+      there is no `running_variance`, because nothing shows it.
+
       A different epsilon in evaluation is noticed if it is visible beside the running variances
       that occur: at the usual initial variance of 1, if it differs by more than 1e-4 and 5 %, and
       less if momentum is below 0.9. Behaviour that starts after more steps than these, such as an
@@ -73,7 +76,8 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
 
     average = find_running_average(box)
     normalization = find_normalization(box)
-    shrink_running_variance(box, normalization.epsilon)
+    if average.kind != "fixed":
+        shrink_running_variance(box, normalization.epsilon)
 
     box.probe = "evaluation"
     _check_evaluation(box, normalization, *before_training)
@@ -87,7 +91,7 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
 
     _refuse_what_has_no_keyword(box)
     names = ("momentum", "epsilon", "batch_variance", "running_variance")
-    return {name: box.found[name] for name in names}
+    return {name: box.found[name] for name in names if name in box.found}
 
 
 def _check_evaluation(
@@ -121,7 +125,7 @@ def _check_new_batch(
         box.fail("the other findings do not predict the output for a new batch")
     after = box.running()
     weight = average.weight(box.steps)
-    averaged_var = var * over_biased(box.found["running_variance"], size)
+    averaged_var = var * over_biased(box.found.get("running_variance", "biased"), size)
     for name, old, new, value in zip(
         ("mean", "variance"), before, after, (mean, averaged_var), strict=True
     ):
