@@ -72,7 +72,7 @@ def load_batch_norms(
     Every batch norm that is not kept gets new values, or, after an error, none of them.
 
     Args:
-      model: the model. A shared layer has its first path, as in `nnx.state(model)`.
+      model: the model. A shared layer can be named by any of its paths.
       layers: `params` and `state` of each batch norm, by its name; see `put_batch_norms`.
       names: for each batch norm, its path in NNX ("blocks/0/norm") and its name in `layers`; see
         `put_batch_norms`.
@@ -94,10 +94,13 @@ def load_batch_norms(
       >>> print(model.layers[1].mean[...])
       [5. 5. 5. 5.]
     """
-    from jaxbn.convert._slots_nnx import fill, nnx_slots
+    from jaxbn.convert._slots_nnx import fill, first_path, nnx_slots, with_first_paths
 
     slots, variables = nnx_slots(model)
-    fill(variables, _values(slots, layers, names, kept))
+    _checks.mapping("layers", layers)
+    names = with_first_paths(model, {n: n for n in layers} if names is None else names)
+    _slot_checks.check_collection("kept", kept)
+    fill(variables, _values(slots, layers, names, [first_path(model)(path) for path in kept]))
 
 
 def _values(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxbn import _checks
 from jaxbn.convert._read_model import read_model
+from jaxbn.convert._slot_checks import check_collection
 from jaxbn.convert._slots import Slots, filled, linen_slots
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def load_torch(
     after an error, none of them.
 
     Args:
-      model: the model. A shared layer has its first path, as in `nnx.state(model)`.
+      model: the model, or an abstract one of `nnx.eval_shape`. A shared layer can be named by any
+        of its paths.
       state_dict: what `model.state_dict()` returns, or the same from a file; see `from_torch`.
       names: for each layer, its path in NNX ("blocks/0/conv") and its name in PyTorch
         ("blocks.0.conv"); see `variables_from_torch`.
@@ -118,9 +120,14 @@ def load_torch(
       >>> print(model(np.ones((1, 3), np.float32)))
       [[3. 3.]]
     """
-    from jaxbn.convert._slots_nnx import fill, nnx_slots
+    from jaxbn.convert._slots_nnx import fill, first_path, nnx_slots, with_first_paths
 
     slots, variables = nnx_slots(model)
+    names, first = with_first_paths(model, names), first_path(model)
+    _checks.mapping("flattened", flattened)
+    flattened = {first(path): sizes for path, sizes in flattened.items()}
+    check_collection("kept", kept)
+    kept = [first(path) for path in kept]
     values = read_model(state_dict, names, slots, flattened=flattened, unused=unused, kept=kept)
     fill(variables, values)
 
