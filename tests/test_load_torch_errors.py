@@ -100,8 +100,8 @@ CASES = {
     "kept without a value": (
         state_dict(),
         {"kept": ["head"], "variables": jax.eval_shape(lambda: VARIABLES)},
-        "head/kernel is to be kept, but variables has no value for it, only a shape; head/bias is "
-        "to be kept, but variables has no value for it, only a shape",
+        "head/bias is to be kept, but has no value, only a shape; head/kernel is to be kept, but "
+        "has no value, only a shape",
     ),
 }
 

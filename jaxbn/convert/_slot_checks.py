@@ -41,7 +41,7 @@ def kept_problems(slots: Slots, kept: Collection[str]) -> list[str]:
         if not any(is_under(path, (one,), "/") for path in paths)
     ]
     return problems + [
-        f"{slot.path} is to be kept, but variables has no value for it, only a shape"
+        f"{slot.path} is to be kept, but has no value, only a shape"
         for slot in slots.values()
         if is_under(slot.path, kept, "/") and isinstance(slot.array, jax.ShapeDtypeStruct)
     ]

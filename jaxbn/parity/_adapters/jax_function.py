@@ -185,4 +185,5 @@ class _OnMatrix(NamedTuple):
         ones = (1,) * (self.ndim - 2)
         x = jnp.moveaxis(x.reshape(*x.shape, *ones), 1, self.axis)
         y, state = self.apply(params, state, x, train)
-        return jnp.moveaxis(y, self.axis, 1).reshape(y.shape[0], -1), state
+        y = jnp.moveaxis(y, self.axis, 1)
+        return y.reshape(y.shape[:2]), state
