@@ -35,18 +35,28 @@ from jaxbn.convert._haiku import from_haiku as from_haiku
 from jaxbn.convert._haiku import to_haiku as to_haiku
 from jaxbn.convert._keras import from_keras as from_keras
 from jaxbn.convert._keras import to_keras as to_keras
+from jaxbn.convert._keras_model import batch_norms_from_keras as batch_norms_from_keras
+from jaxbn.convert._load_batch_norms import load_batch_norms as load_batch_norms
+from jaxbn.convert._load_batch_norms import put_batch_norms as put_batch_norms
+from jaxbn.convert._load_torch import load_torch as load_torch
+from jaxbn.convert._load_torch import variables_from_torch as variables_from_torch
 from jaxbn.convert._torch import batch_norms_from_torch as batch_norms_from_torch
 from jaxbn.convert._torch import from_torch as from_torch
 from jaxbn.convert._torch import to_torch as to_torch
 
 __all__ = [
+    "batch_norms_from_keras",
     "batch_norms_from_torch",
     "from_equinox",
     "from_haiku",
     "from_keras",
     "from_torch",
+    "load_batch_norms",
+    "load_torch",
+    "put_batch_norms",
     "to_equinox",
     "to_haiku",
     "to_keras",
     "to_torch",
+    "variables_from_torch",
 ]
