@@ -114,10 +114,10 @@ def fold_linen(
         found, problems = found_pairs(traced)
         if problems:
             advice = (
-                "To fold the others, pass pairs=find_pairs(model, variables, example, ...), and "
-                "keep these in the model."
+                " To fold the others and keep these in the model, pass pairs=find_pairs(model, "
+                "variables, example, ...)."
             )
-            raise too_few(problems, advice)
+            raise too_few(problems, advice if found else "")
         paths = [(pair.layer, pair.norm) for pair in found]
     return _folded(variables, checked_pairs(traced, paths, epsilon, axis), traced)
 

@@ -76,7 +76,7 @@ def fold_nnx(
         if not traced.norms:
             raise ValueError("model must call a batch norm, but calls none on example.")
         if not chosen:
-            raise too_few(problems, "There is none that can.")
+            raise too_few(problems)
     else:
         chosen = _checked(traced, pairs)
     new = nnx.clone(model)

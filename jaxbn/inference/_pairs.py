@@ -65,12 +65,13 @@ def checked_pairs(
     return pairs
 
 
-def too_few(problems: Sequence[str], advice: str) -> ValueError:
+def too_few(problems: Sequence[str], advice: str = "") -> ValueError:
     """Return the error for batch norms that cannot be folded."""
-    listed = "; ".join(problems[:3])
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    different = list(dict.fromkeys(problems))
+    listed = "; ".join(different[:3])
+    more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
     count = "a batch norm" if len(problems) == 1 else f"{len(problems)} batch norms"
-    return ValueError(f"model has {count} that cannot be folded: {listed}{more}. {advice}")
+    return ValueError(f"model has {count} that cannot be folded: {listed}{more}.{advice}")
 
 
 def _check_option(name: str, given: Any, of_layer: Any, what: str) -> None:

@@ -1,9 +1,9 @@
 """Find the layer whose output a batch norm normalizes, and what prevents folding."""
 
 from collections import deque
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxbn.inference._program import Step
+from jaxbn.inference._program import Step, name
 from jaxbn.inference._tags import Path, Place, Tag, as_text
 from jaxbn.inference._traced_model import TracedModel
 
@@ -90,7 +90,7 @@ class _Flow:
             return problem
         facts, name = self._traced.layers[layer], as_text(layer)
         if facts.problem is not None:
-            return f"{name} is not a plain layer: {facts.problem}"
+            return f"nothing can be folded into {name}: {facts.problem}"
         (output,) = self._tagged[Tag(Place.LAYER_OUTPUT, layer)]
         (value,) = output.outputs
         others = [
@@ -108,7 +108,7 @@ class _Flow:
         return None
 
     def _is_identity(self, step: Step) -> bool:
-        return step.tag is None and step.outputs[0] in self._origin
+        return any(k in self._origin for k in step.outputs)
 
     def _nearest(self, value: int) -> tuple[Tag | None, tuple[str, ...]]:
         """Return the nearest output of a layer or batch norm before a value, and what is between.
@@ -152,8 +152,4 @@ class _Flow:
 
 def _description(step: Step) -> str:
     """Return the name of a step for an error message."""
-    if step.tag is not None:
-        return as_text(step.tag.path)
-    params: dict[str, Any] = step.equation.params
-    name = params.get("name")
-    return name if isinstance(name, str) else step.equation.primitive.name
+    return as_text(step.tag.path) if step.tag is not None else name(step.equation)

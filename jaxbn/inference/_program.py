@@ -112,6 +112,16 @@ class _Inliner:
         return number
 
 
+def name(equation: Any) -> str:
+    """Return the name of the function that an equation calls, or of its primitive."""
+    called = equation.params.get("name")
+    if isinstance(called, str):
+        return called
+    # Functions with derivatives of their own, such as relu, wrap a compiled function with a name.
+    inner = [eqn for jaxpr in _jaxprs(equation) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns]
+    return name(inner[0]) if len(inner) == 1 else equation.primitive.name
+
+
 def _jaxprs(equation: Any) -> Iterator[Any]:
     """Yield the jaxprs in the parameters of an equation."""
     for value in equation.params.values():
