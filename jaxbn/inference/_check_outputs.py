@@ -121,7 +121,7 @@ def _excess(traced: TracedModel, pair: Pair, expected: Any, got: Any, size: Any)
     products = math.prod(kernel_shape) / kernel_shape[pair.axis]
     dtypes = {expected.dtype, got.dtype, size.dtype}
     roundoff = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) / 2
-    wide = jnp.promote_types(jnp.float32, jnp.result_type(*dtypes))
+    wide = jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
     # Each run sums this many products and rounds each of them, and is rounded to its dtype about
     # ten times on the way. Sums of half precision are accumulated in float32.
     relative = 2 * products * min(roundoff, float(jnp.finfo(jnp.float32).eps) / 2) + 10 * roundoff
