@@ -8,13 +8,14 @@ from pathlib import Path
 from train_examples.common.config import check, parse
 from train_examples.common.errors import UserError
 
-PHOTOGRAPHS = 16
+PHOTOGRAPHS, STAGES = 16, 7
 
 
 @dataclass(frozen=True)
 class Config:
     """The options of the command line, with their defaults."""
 
+    stages: int = STAGES
     photographs: int = PHOTOGRAPHS
     image_size: int = 224
     training_photographs: int = 4
@@ -22,6 +23,7 @@ class Config:
     out: Path = Path("out/port_efficientnet/efficientnet_lite0.jax")
 
     def __post_init__(self) -> None:
+        check(1 <= self.stages <= STAGES, "--stages", f"in [1, {STAGES}]", self.stages)
         numbers = f"in [2, {PHOTOGRAPHS}]"
         for option in ("photographs", "training_photographs"):
             value = getattr(self, option)
@@ -43,6 +45,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    help = "stages of the network; with fewer than all, the layers after them are not trained"
+    add("--stages", type=int, default=Config.stages, help=help)
     add("--photographs", type=int, default=Config.photographs, help="photographs to classify")
     add("--image-size", type=int, default=Config.image_size, help="their pixels on a side")
     help = "photographs to compare and train with"

@@ -15,21 +15,20 @@ from jaxbn.inference import fold_linen
 from train_examples.common.errors import UserError
 from train_examples.common.timing import alternate, median_ratio
 from train_examples.port_efficientnet.flax_model import EfficientNetLite0
-from train_examples.port_efficientnet.names import pairs
 
 # A compiled function from images to logits.
 Network = jax.stages.Wrapped
 
 
-def whole(variables: Mapping[str, Any]) -> Network:
+def evaluation(model: EfficientNetLite0, variables: Mapping[str, Any]) -> Network:
     """Return the network in evaluation, with its weights as constants."""
-    return jax.jit(lambda images: EfficientNetLite0().apply(variables, images, False))
+    return jax.jit(lambda images: model.apply(variables, images, train=False))
 
 
-def folded(variables: Mapping[str, Any]) -> Network:
-    """Return the network without batch norms, with its weights as constants."""
-    weights = fold_linen(variables, pairs(), epsilon=1e-3)
-    return jax.jit(lambda images: EfficientNetLite0(folded=True).apply(weights, images, False))
+def folded(model: EfficientNetLite0, variables: Mapping[str, Any], images: np.ndarray) -> Network:
+    """Return the network without batch norms, found and checked by running it on images."""
+    weights = fold_linen(variables, model=model, example=images, train=False)
+    return evaluation(model.clone(folded=True), weights)
 
 
 def speed_ratio(network: Network, reference: Network, images: np.ndarray) -> float:

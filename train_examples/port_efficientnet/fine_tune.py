@@ -11,8 +11,6 @@ import torch
 from torch.nn import functional
 
 from jaxbn.linen import override
-from train_examples.port_efficientnet.compare import distance
-from train_examples.port_efficientnet.convert import to_flax
 from train_examples.port_efficientnet.flax_model import EfficientNetLite0
 from train_examples.port_efficientnet.torch_model import batch_norms
 
@@ -20,26 +18,26 @@ STEPS = 5
 LEARNING_RATE = 0.01
 
 
-class Trained(NamedTuple):
-    """The loss before each step, and the variables after the last, in Flax's layout."""
+class Photographs(NamedTuple):
+    """What to learn: images, (N, height, width, 3), and their labels, (N,)."""
 
-    losses: list[float]
-    variables: Mapping[str, Any]
+    images: np.ndarray
+    labels: np.ndarray
 
 
 def train_flax(
-    variables: Mapping[str, Any], images: np.ndarray, labels: np.ndarray, frozen: bool
-) -> Trained:
-    """Train the Flax network by SGD. The variables and images have the dtype of the training."""
-    apply = override(EfficientNetLite0().apply, {"**": {"frozen": frozen}})
+    model: EfficientNetLite0, variables: Mapping[str, Any], batch: Photographs, frozen: bool
+) -> tuple[list[float], dict[str, Any]]:
+    """Train by SGD, and return the loss before each step and the variables after the last."""
+    apply = override(model.apply, {"**": {"frozen": frozen}})
     sgd = optax.sgd(LEARNING_RATE)
 
     @jax.jit
     def step(params: Any, batch_stats: Any) -> Any:
         def loss(params: Any) -> Any:
-            all_variables = {"params": params, "batch_stats": batch_stats}
-            logits, updates = apply(all_variables, images, True, mutable=["batch_stats"])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            before = {"params": params, "batch_stats": batch_stats}
+            logits, updates = apply(before, batch.images, train=True, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return losses.mean(), updates["batch_stats"]
 
         (value, batch_stats_after), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -51,32 +49,24 @@ def train_flax(
     for _ in range(STEPS):
         params, batch_stats, value = step(params, batch_stats)
         losses.append(float(value))
-    return Trained(losses, {"params": params, "batch_stats": batch_stats})
+    return losses, {"params": params, "batch_stats": batch_stats}
 
 
 def train_torch(
-    model: torch.nn.Module, images: np.ndarray, labels: np.ndarray, frozen: bool
-) -> Trained:
-    """Train a copy of the PyTorch network by SGD, in the dtype of the images."""
-    inputs, targets = torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(labels)
-    model = copy.deepcopy(model).to(inputs.dtype).train()
+    model: torch.nn.Module, batch: Photographs, frozen: bool
+) -> tuple[list[float], torch.nn.Module]:
+    """Train a copy of the network by SGD, and return the loss before each step, and the copy."""
+    inputs, labels = torch.tensor(batch.images.transpose(0, 3, 1, 2)), torch.tensor(batch.labels)
+    model = copy.deepcopy(model).train()
     if frozen:
         for norm in batch_norms(model).values():
             norm.eval()
     sgd = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     losses = []
     for _ in range(STEPS):
-        loss = functional.cross_entropy(model(inputs), targets)
+        loss = functional.cross_entropy(model(inputs), labels)
         sgd.zero_grad()
         loss.backward()
         sgd.step()
         losses.append(loss.item())
-    return Trained(losses, to_flax(model.state_dict()))
-
-
-def difference(theirs: Trained, ours: Trained) -> float:
-    """Return the largest difference of variables, relative to each one's largest value."""
-    differences = jax.tree.map(
-        lambda a, b: distance(np.asarray(a), np.asarray(b)), ours.variables, theirs.variables
-    )
-    return float(np.max(jax.tree.leaves(differences)))
+    return losses, model

