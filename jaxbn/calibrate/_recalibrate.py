@@ -49,12 +49,13 @@ def recalibrate(
 
     The data is passed over once for each batch norm on the longest path through the network: each
     pass makes the next layer's statistics exact. The passes end when one changes nothing, or after
-    as many passes as there are calls of batch norms. `passes=1` is an approximation: in each batch,
-    earlier layers normalize with the statistics of that batch. For batches that are drawn at
-    random, its error falls like 1 over the batch size. For batches that differ systematically, such
-    as those of a data set ordered by class, it may be large. (The running statistics are not used,
-    since they are what is wrong.) `jaxbn.health.check` measures the error with all the passes;
-    ERROR_NUMBERS
+    as many passes as there are calls of batch norms.
+
+    `passes=1` is an approximation: in each batch, earlier layers normalize with the statistics of
+    that batch. (The running statistics are what is wrong, so they are not used.) If the batches are
+    drawn at random, the error falls like 1 over the batch size. If they differ systematically, as
+    in a data set that is sorted by class, it may be large. `jaxbn.health.check` measures the error
+    by making all the passes, and `train_examples/recalibrate` has examples.
 
     The calibrated layers are `jaxbn.linen.BatchNorm`, `jaxbn.nnx.BatchNorm`, Flax's own two, and
     classes derived from them, unless they are `frozen`. If any layer runs in training mode, in any
