@@ -30,6 +30,11 @@ OTHER_PARAMETERS = (
     "than in process 0: give all those of one, with "
     "jax.experimental.multihost_utils.broadcast_one_to_all(variables)."
 )
+OTHER_PASSES = (
+    "ValueError: passes must be the same in all processes, got 1 in process 1 and None in process "
+    "0."
+)
+NO_TERMINAL = "OSError: the terminal is gone"
 NO_STATISTICS = (
     "ValueError: variables have no 'mean' and 'var' in BatchNorm_0. The running statistics are "
     "variables, too: in Linen, model.init makes 'batch_stats', which must be kept and saved with "
@@ -52,6 +57,8 @@ ERRORS = {
     "second pass": (IN_SECOND + NO_DISK, NO_DISK),
     "exhausted": (IN_SECOND + EXHAUSTED, EXHAUSTED),
     "parameters": (OTHER_PARAMETERS, OTHER_PARAMETERS),
+    "passes": (OTHER_PASSES, OTHER_PASSES),
+    "progress": (IN_SECOND + NO_TERMINAL, NO_TERMINAL),
     "no statistics": (IN_SECOND + NO_STATISTICS, NO_STATISTICS),
     "shared batches in together": (SHARED_BATCHES, SHARED_BATCHES),
     "divided variables": (DIVIDED, DIVIDED),

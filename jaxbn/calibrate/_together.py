@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -11,7 +12,9 @@ from jaxbn.calibrate._exchange import Message, encode, exchange
 from jaxbn.calibrate._global_arrays import LocalBatches, local_copies, shared_like
 from jaxbn.calibrate._observable import observable
 from jaxbn.calibrate._observe import ObservableModel
+from jaxbn.calibrate._options import Options
 from jaxbn.calibrate._passes import Part, exact_statistics, repeatable
+from jaxbn.calibrate._progress import reporting
 from jaxbn.calibrate._replace import replaced
 
 T = TypeVar("T")
@@ -19,7 +22,11 @@ Tree = TypeVar("Tree")
 
 
 def recalibrate_together(
-    model: Any, variables: Tree, batches: Iterable[Any], apply_kwargs: Mapping[str, Any]
+    model: Any,
+    variables: Tree,
+    batches: Iterable[Any],
+    apply_kwargs: Mapping[str, Any],
+    options: Options,
 ) -> Tree:
     """Return what `recalibrate` returns for the batches of all processes.
 
@@ -27,11 +34,12 @@ def recalibrate_together(
     processes have received, so they stay in step.
     """
 
-    def prepare() -> tuple[Message, tuple[ObservableModel, Iterable[Any]]]:
+    def prepare() -> tuple[Message, tuple[ObservableModel, Iterable[Any], AbstractContextManager]]:
         observed = observable(model, variables, apply_kwargs)
         observed = observed._replace(variables=local_copies(observed.variables))
-        digest = _digest(_parameters(observed.variables))
-        return Message(digest=digest), (observed, LocalBatches(repeatable(batches)))
+        digest = f"{options.passes} {_digest(_parameters(observed.variables))}"
+        own_batches = LocalBatches(repeatable(batches))
+        return Message(digest=digest), (observed, own_batches, reporting(options.progress))
 
     def gather(step: Callable[[], Part]) -> list[Part]:
         messages, _ = _in_all(lambda: (Message(step()), None))
@@ -39,11 +47,15 @@ def recalibrate_together(
 
     def finish() -> tuple[Message, Tree]:
         old = observed.statistics
-        return Message(), observed.replace_statistics(shared_like(old, replaced(old, calls)))
+        new = replaced(old, calls, options.running_variance)
+        return Message(), observed.replace_statistics(shared_like(old, new))
 
-    messages, (observed, own_batches) = _in_all(prepare)
+    messages, (observed, own_batches, shown) = _in_all(prepare)
     _check_digests(messages)
-    calls, _ = exact_statistics(observed, own_batches, gather)
+    with shown as report:
+        calls, _ = exact_statistics(
+            observed, own_batches, gather, most_passes=options.passes, report=report
+        )
     return _in_all(finish)[1]
 
 
@@ -92,7 +104,15 @@ def _digest(tree: Any) -> str:
 
 def _check_digests(messages: list[Message]) -> None:
     first = messages[0]
+    passes = first.digest.split()[0]
     for message in messages:
+        own_passes = message.digest.split()[0]
+        if own_passes != passes:
+            # Otherwise a process would wait for others that have finished.
+            raise ValueError(
+                f"passes must be the same in all processes, got {own_passes} in process "
+                f"{message.process} and {passes} in process {first.process}."
+            )
         if message.digest != first.digest:
             raise ValueError(
                 f"variables must have the same parameters in all processes, got others in process "
