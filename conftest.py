@@ -26,6 +26,7 @@ PROMOTING = {
     **dict.fromkeys(("test_parity_command", "test_parity_frameworks"), HAIKU),
     **dict.fromkeys(("test_calibrate", "test_calibrate_nnx", "test_fold_linen"), FLAX),
     **dict.fromkeys(("_fold", "test_fold"), "Users add a bias of shape (C,) to a batch."),
+    **dict.fromkeys(("accuracy", "test_compare_accuracy"), FLAX),
     "test_compare_models_frameworks": KERAS,
     "test_decay_mask": OPTAX,
     **dict.fromkeys(("test_data_parallel", "test_digits", "test_digits_teaching"), EXAMPLES),
