@@ -28,6 +28,7 @@ PROMOTING = {
     "test_load_torch": FLAX,
     **dict.fromkeys(("test_fold_nnx", "test_fold_traced"), FLAX),
     **dict.fromkeys(("_fold", "test_fold"), "Users add a bias of shape (C,) to a batch."),
+    **dict.fromkeys(("accuracy", "test_compare_accuracy"), FLAX),
     "test_compare_models_frameworks": KERAS,
     "test_decay_mask": OPTAX,
     **dict.fromkeys(("test_data_parallel", "test_digits", "test_digits_teaching"), EXAMPLES),

@@ -21,13 +21,14 @@ NAMES = {
         *("batch_norms_from_torch", "from_equinox", "from_haiku", "from_keras", "from_torch"),
         *("to_equinox", "to_haiku", "to_keras", "to_torch"),
     ],
-    "inference": ["fold", "fold_linen"],
+    "inference": ["find_pairs", "fold", "fold_linen", "fold_nnx"],
     "linen": ["BatchNorm", "BatchRenorm", "override"],
     "nnx": ["BatchNorm", "BatchRenorm", "override"],
     "parity": [
-        *("ConventionError", "DifferentiableLayer", "Layer", "Report", "assert_parity"),
-        *("batch_norm_layer", "compare", "compare_models", "equinox_layer", "haiku_layer"),
-        *("identify", "keras_layer", "linen_layer", "nnx_layer", "torch_layer"),
+        *("AccuracyReport", "ConventionError", "DifferentiableLayer", "Layer", "Report"),
+        *("assert_parity", "batch_norm_layer", "compare", "compare_accuracy", "compare_models"),
+        *("equinox_layer", "haiku_layer", "identify", "keras_layer", "linen_layer"),
+        *("match_names", "nnx_layer", "torch_layer"),
     ],
 }
 

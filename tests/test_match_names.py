@@ -160,8 +160,8 @@ def test_a_layer_that_is_missing(theirs):
         ValueError,
         "block/bn in Flax, batch norm (6,) directly after convolution (3, 3, 4, 6), has no "
         "counterpart in PyTorch. Flax calls conv1 (convolution (3, 3, 3, 4)), "
-        f"{FLAX.removeprefix('Flax calls ..., ')}; PyTorch calls ..., bn1 (batch norm (4,)), "
-        "block.conv (convolution (3, 3, 4, 6)), head (linear (6, 3)).",
+        f"{FLAX.removeprefix('Flax calls ..., ')}; PyTorch calls conv1 (convolution (3, 3, 3, 4)), "
+        "bn1 (batch norm (4,)), block.conv (convolution (3, 3, 4, 6)), head (linear (6, 3)).",
     ):
         match_names(net(), theirs, images(np.float32))
 

@@ -10,7 +10,8 @@ var    running_var          moving_variance  var_ema: average              in it
 count  num_batches_tracked                   counter of both               where mode="batch"
 ====== ==================== ================ ============================= ===================
 
-Only NumPy and JAX are imported, none of the frameworks. Values are converted bit for bit and keep
+Only NumPy and JAX are imported, none of the frameworks, except that `load_torch` and
+`load_batch_norms` import Flax when they are called. Values are converted bit for bit and keep
 their dtype (float64 becomes float32 unless JAX's 64-bit types are enabled, as everywhere in JAX).
 Only averages that a framework stores without their bias correction, Equinox's in mode "batch" and
 Haiku's `hidden`, are rounded. Values share no memory with the tensors and NumPy arrays that they
@@ -19,8 +20,9 @@ come from.
 The convention that a layer was trained with is not stored in its values. Pass it to `batch_norm` as
 keywords, such as `jaxbn.PYTORCH` or `jaxbn.KERAS`; the documentation of each function names it.
 
-Flax takes the results unchanged:
-`variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"] = from_torch(...)`.
+`put_batch_norms` and `load_batch_norms` put the results into a Flax model, Linen or NNX.
+`variables_from_torch` and `load_torch` do the same with a whole PyTorch model: they also convert
+convolutions, linear layers, embeddings and other norms.
 
 Read files with a reader that does not run code from them: `load_file(path)` of `safetensors.numpy`,
 `safetensors.flax` or `safetensors.torch`, or `torch.load(path, weights_only=True)`. Each returns a

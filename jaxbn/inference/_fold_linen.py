@@ -108,6 +108,10 @@ def fold_linen(
         chosen = [Pair(layer, norm, epsilon, axis, kind(layer[-1])) for layer, norm in paths or ()]
         return _folded(variables, chosen, None)
 
+    import flax.linen as nn
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a flax.linen.Module, got {type(model).__name__}.")
     check_example(example)
     traced = traced_model(model, variables, example, apply_kwargs)
     if paths is None:

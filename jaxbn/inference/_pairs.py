@@ -56,12 +56,16 @@ def checked_pairs(
             raise ValueError(f"{as_text(layer)} and {as_text(norm)} cannot be folded: {problem}.")
         pairs.append(_pair(traced, layer, norm))
     for pair in pairs:
-        _check_option("epsilon", epsilon, pair.epsilon, f"the epsilon of {as_text(pair.norm)}")
-        if axis is not None:
-            axes = len(traced.layers[pair.layer].kernel_shape)
-            given = axis - axes if isinstance(axis, int) and 0 <= axis < axes else axis
+        axes = len(traced.layers[pair.layer].kernel_shape)
+        negative = axis - axes if isinstance(axis, int) and 0 <= axis < axes else axis
+        if axis is not None and negative != pair.axis:
             what = f"the output axis of the kernel of {as_text(pair.layer)}"
-            _check_option("axis", given, pair.axis, what)
+            raise _differs("axis", axis, pair.axis, what)
+        # Values that `jit` traces cannot be compared.
+        is_known = not isinstance(epsilon, Tracer) and not isinstance(pair.epsilon, Tracer)
+        if epsilon is not None and is_known and epsilon != pair.epsilon:
+            what = f"the epsilon of {as_text(pair.norm)}"
+            raise _differs("epsilon", epsilon, pair.epsilon, what)
     return pairs
 
 
@@ -74,14 +78,11 @@ def too_few(problems: Sequence[str], advice: str = "") -> ValueError:
     return ValueError(f"model has {count} that cannot be folded: {listed}{more}.{advice}")
 
 
-def _check_option(name: str, given: Any, of_layer: Any, what: str) -> None:
-    if given is None or isinstance(given, Tracer) or isinstance(of_layer, Tracer):
-        return
-    if given != of_layer:
-        raise ValueError(
-            f"{name}={given!r} differs from {what}, {of_layer!r}. Leave {name} out: it is read "
-            f"from the layers of model."
-        )
+def _differs(name: str, given: Any, of_layer: Any, what: str) -> ValueError:
+    return ValueError(
+        f"{name}={given!r} differs from {what}, {of_layer!r}. Leave {name} out: it is read from "
+        f"the layers of model."
+    )
 
 
 def _pair(traced: TracedModel, layer: Path, norm: Path) -> Pair:

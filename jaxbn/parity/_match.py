@@ -70,7 +70,10 @@ def match_names(
     """
     options = CallOptions(evaluation, None)
     networks = make_networks(candidate, reference, options, channels_first, need_variables=False)
-    ours, theirs = ((network.label, network.calls(np.asarray(x), False)) for network in networks)
+    x = np.asarray(x)
+    for network in networks:
+        network.check_dtype(x)
+    ours, theirs = ((network.label, network.calls(x, False)) for network in networks)
     return matched(ours, theirs)
 
 

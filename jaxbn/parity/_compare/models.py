@@ -93,6 +93,8 @@ def compare_models(
     x = checked_input(x)
     options = CallOptions(evaluation, training)
     ours, theirs = make_networks(candidate, reference, options, channels_first)
+    for network in (ours, theirs):
+        network.check_dtype(x)
     names, notes = checked_names(ours, theirs, names, x)
     runs = run_both(ours, theirs, names, x)
     rows = tuple(measure(*quantity) for quantity in runs.quantities())

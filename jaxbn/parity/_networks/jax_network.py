@@ -109,6 +109,9 @@ class JaxNetwork:
         """Return the output and the running statistics after it, and report all calls."""
         raise NotImplementedError
 
+    def check_dtype(self, x: np.ndarray) -> None:
+        """Accept any dtype, since JAX promotes."""
+
     def calls(self, x: np.ndarray, train: bool) -> list[Call]:
         return self._trace(jnp.asarray(x), train)[0].calls
 

@@ -63,6 +63,10 @@ class Network(Protocol):
 
     label: str
 
+    def check_dtype(self, x: np.ndarray) -> None:
+        """Raise if the network cannot take an input of this dtype."""
+        ...
+
     def calls(self, x: np.ndarray, train: bool) -> list[Call]:
         """Return the calls of submodules in a forward pass, in their order."""
         ...

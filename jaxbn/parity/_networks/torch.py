@@ -43,6 +43,9 @@ class TorchNetwork:
     def __init__(self, label: str, model: torch.nn.Module, channels_first: Collection[int]):
         self.label, self.model, self.channels_first = label, model, channels_first
 
+    def check_dtype(self, x: np.ndarray) -> None:
+        self._tensor(x)
+
     def calls(self, x: np.ndarray, train: bool) -> list[Call]:
         import torch
 
