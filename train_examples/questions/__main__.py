@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from train_examples.common.errors import needs_extra, run_command
 
-from train_examples.common.errors import run_command
-from train_examples.questions import (
-    batch_size,
-    bias,
-    epsilon,
-    initialization,
-    learning_rate,
-    moving_averages,
-)
-from train_examples.questions.common import Settings
+with needs_extra("examples"):
+    from rich.console import Console
+
+    from train_examples.questions import (
+        batch_size,
+        bias,
+        epsilon,
+        initialization,
+        learning_rate,
+        moving_averages,
+    )
+    from train_examples.questions.common import Settings
 
 QUESTIONS = {
     1: (epsilon, "Why is there an epsilon in the denominator?"),

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from train_examples.common.errors import UserError, run_command
-from train_examples.common.plots import COLORS, tidy
+from train_examples.common.errors import UserError, needs_extra, run_command
 from train_examples.common.storage import writing
-from train_examples.small_batches.train import METHODS, accuracy
+
+with needs_extra("examples"):
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from train_examples.common.plots import COLORS, tidy
+    from train_examples.small_batches.train import METHODS, accuracy
 
 SIZES = (2, 4, 8, 64)
 
