@@ -51,9 +51,8 @@ def test_no_other_file_has_the_address():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a checkout")
-    files = {name for name in listed.stdout.split("\0") if not name.endswith(".png")}
-    with_address = {name for name in files if addresses(ROOT, name)}
-    assert with_address == set(SCRIPT["FILES"])
+    names = [name for name in listed.stdout.split("\0") if name and not name.endswith(".png")]
+    assert {name for name in names if addresses(ROOT, name)} == set(SCRIPT["FILES"])
 
 
 def test_setting_the_repository(tmp_path):
@@ -63,10 +62,8 @@ def test_setting_the_repository(tmp_path):
     SCRIPT["set_repository"]("https://github.com/someone/batch-norm", tmp_path)
     old = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
     for name in SCRIPT["FILES"]:
-        before, after = (root / name for root in (ROOT, tmp_path))
-        assert after.read_text() == before.read_text().replace(
-            f".com/{old}", ".com/someone/batch-norm"
-        )
+        wanted = (ROOT / name).read_text().replace(f".com/{old}", ".com/someone/batch-norm")
+        assert (tmp_path / name).read_text() == wanted
     # Names are kept that only begin like the repository's.
     (tmp_path / "README.md").write_text("https://github.com/someone/batch-norms")
     SCRIPT["set_repository"]("https://github.com/else/x", tmp_path)
