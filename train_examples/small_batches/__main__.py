@@ -15,7 +15,7 @@ with needs_extra("examples"):
     from rich.progress import track
     from rich.table import Table
 
-    from train_examples.common.plots import COLORS, tidy
+    from train_examples.common.plots import COLORS, DPI, tidy
     from train_examples.small_batches.train import METHODS, accuracy
 
 SIZES = (2, 4, 8, 64)
@@ -53,7 +53,7 @@ def run(epochs: int, seeds: int, sizes: Sequence[int], out: Path) -> np.ndarray:
     path = out / "accuracy.png"
     with writing("the picture", out):
         out.mkdir(parents=True, exist_ok=True)
-        plot(accuracies, sizes).savefig(path, dpi=200)
+        plot(accuracies, sizes).savefig(path, dpi=DPI)
     console.print(f"wrote {path}")
     return accuracies
 
