@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from train_examples.common.errors import UserError, run_command
-from train_examples.common.plots import COLORS, tidy
+from train_examples.common.errors import UserError, needs_extra, run_command
 from train_examples.common.storage import writing
-from train_examples.small_batches.train import METHODS, accuracy
+
+with needs_extra("examples"):
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from train_examples.common.plots import COLORS, DPI, tidy
+    from train_examples.small_batches.train import METHODS, accuracy
 
 SIZES = (2, 4, 8, 64)
 
@@ -50,7 +53,7 @@ def run(epochs: int, seeds: int, sizes: Sequence[int], out: Path) -> np.ndarray:
     path = out / "accuracy.png"
     with writing("the picture", out):
         out.mkdir(parents=True, exist_ok=True)
-        plot(accuracies, sizes).savefig(path, dpi=200)
+        plot(accuracies, sizes).savefig(path, dpi=DPI)
     console.print(f"wrote {path}")
     return accuracies
 
