@@ -91,7 +91,7 @@ def compare(network: Ported, images: np.ndarray, console: Console) -> None:
 def fold_and_export(network: Ported, images: np.ndarray, config: Config, console: Console) -> None:
     """Fold the network, time it, export it to a file, read it back and compare the logits."""
     whole = deploy.evaluation(network.model, network.variables)
-    folded = deploy.folded(network.model, network.variables, images)
+    folded = deploy.folded(network.model, network.variables, images[:1])
     difference = distance(folded(images), whole(images))
     ratios = {n: deploy.speed_ratio(folded, whole, images[:n]) for n in (1, 4)}
     times = " and ".join(f"{ratio:.2f} for {n}" for n, ratio in ratios.items())
