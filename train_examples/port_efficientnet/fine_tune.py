@@ -33,7 +33,7 @@ def train_flax(
     sgd = optax.sgd(LEARNING_RATE)
 
     @jax.jit
-    def step(params: Any, batch_stats: Any) -> Any:
+    def step(params: Any, batch_stats: Any, batch: Photographs) -> Any:
         def loss(params: Any) -> Any:
             before = {"params": params, "batch_stats": batch_stats}
             logits, updates = apply(before, batch.images, train=True, mutable=["batch_stats"])
@@ -47,7 +47,7 @@ def train_flax(
     params, batch_stats = variables["params"], variables["batch_stats"]
     losses = []
     for _ in range(STEPS):
-        params, batch_stats, value = step(params, batch_stats)
+        params, batch_stats, value = step(params, batch_stats, batch)
         losses.append(float(value))
     return losses, {"params": params, "batch_stats": batch_stats}
 
