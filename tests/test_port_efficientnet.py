@@ -67,8 +67,7 @@ def test_the_command_prints_each_step(printed):
         "│ training backward │",
         "folded, logits differ by",
         "read back, its logits differ by",
-        "darkened to an eighth of the light, ",
-        "of 3 photographs keep their class",
+        "│ the first recalibrated │",
         "┃ frozen, ┃ frozen, ┃ live, ┃ live, ┃",
         "variables differ after the last step by",
     ):
@@ -114,7 +113,7 @@ def test_photographs():
         assert 0 <= photograph.min() < photograph.max() <= 1, name
     bounds = np.array([0.0, 127 / 255, 1.0])
     np.testing.assert_allclose(normalized(bounds), [-127 / 128, 0, 1], atol=1e-7)
-    np.testing.assert_array_equal(darkened(bounds), bounds / 8)
+    np.testing.assert_array_equal(darkened(bounds), bounds / 16)
 
 
 def test_help_without_a_package():

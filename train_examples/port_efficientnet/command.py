@@ -18,7 +18,7 @@ from train_examples.port_efficientnet.fine_tune import Photographs, train_flax, 
 from train_examples.port_efficientnet.flax_model import EfficientNetLite0
 from train_examples.port_efficientnet.identify import conventions
 from train_examples.port_efficientnet.photographs import load, normalized
-from train_examples.port_efficientnet.recalibrate import agreement, top_1
+from train_examples.port_efficientnet.recalibrate import agreements, top_1
 from train_examples.port_efficientnet.torch_model import pretrained
 
 # In float64, eps is 2e-16. Sums have up to some ten thousand terms, and each of 49 batch norms
@@ -58,10 +58,9 @@ def run(config: Config, console: Console) -> None:
     classify(network, images, list(pixels), console)
     compare(network, few_images, console)
     fold_and_export(network, images, config, console)
-    before, after = agreement(model, network.variables, np.stack(list(pixels.values())))
+    all_pixels = np.stack(list(pixels.values()))
     console.print(
-        f"darkened to an eighth of the light, {before} of {len(pixels)} photographs keep their "
-        f"class; with statistics recalibrated on them, {after}"
+        tables.of_agreements(agreements(model, network.variables, all_pixels), len(pixels))
     )
     fine_tune(network, few_images, console)
 

@@ -24,6 +24,8 @@ SOURCES: dict[str, Callable[[], np.ndarray]] = {
     "retina": data.retina,
     "cells": data.immunohistochemistry,
 }
+# The first five show something that ImageNet has a class for.
+OF_IMAGENET = 5
 # The names of those ImageNet classes that the command finds in them.
 CLASSES = {
     109: "brain coral",
@@ -57,8 +59,8 @@ def normalized(pixels: np.ndarray) -> np.ndarray:
 
 
 def darkened(pixels: np.ndarray) -> np.ndarray:
-    """Return photographs that were exposed too briefly: an eighth of the light."""
-    return pixels / 8
+    """Return photographs that were exposed too briefly: a sixteenth of the light."""
+    return pixels / 16
 
 
 def _square(photograph: np.ndarray, size: int) -> np.ndarray:

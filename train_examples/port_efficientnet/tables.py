@@ -8,7 +8,8 @@ from rich.table import Table
 
 from jaxbn.parity import AccuracyReport
 from train_examples.port_efficientnet.identify import Convention
-from train_examples.port_efficientnet.photographs import CLASSES
+from train_examples.port_efficientnet.photographs import CLASSES, OF_IMAGENET
+from train_examples.port_efficientnet.recalibrate import Agreement
 
 
 def of_conventions(conventions: Counter[Convention]) -> Table:
@@ -38,6 +39,17 @@ def of_accuracy(report: AccuracyReport) -> Table:
         numbers = row.difference, row.reference_error, row.candidate_error
         table.add_row(stage, *(f"{number:.0e}" for number in numbers))
     table.caption = "errors: of each framework, against its own results in float64"
+    return table
+
+
+def of_agreements(agreements: Mapping[str, Agreement], photographs: int) -> Table:
+    """Return a table of how many darkened photographs keep their class."""
+    title = "Photographs in a sixteenth of the light that keep their class"
+    table = _table(title, ["statistics", "all", "of those with an ImageNet class"])
+    numbers = photographs, min(photographs, OF_IMAGENET)
+    for name, agreement in agreements.items():
+        pairs = zip(agreement, numbers, strict=True)
+        table.add_row(name, *(f"{kept} of {number}" for kept, number in pairs))
     return table
 
 
