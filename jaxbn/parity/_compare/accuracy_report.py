@@ -73,7 +73,7 @@ class AccuracyReport:
         }
 
     def __str__(self) -> str:
-        cells = [
+        cells: list[tuple[str, ...]] = [
             ("", "", "float64", "float32 error", "float32 error", "reference"),
             ("", "", "difference", "of candidate", "of reference", "/ candidate"),
         ]

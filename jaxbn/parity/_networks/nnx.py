@@ -31,10 +31,11 @@ class NnxNetwork(JaxNetwork):
         options = self.options.of(type(model).__call__, train)
         model.train() if train else model.eval()
         modules = dict(_modules(model))
-        names = {id(module): name for name, module in modules.items()}
-        for module in modules.values():
+        for name, module in modules.items():
+            # Transformations such as `nnx.remat` call copies, which have the same attributes.
+            module.parity_name = name
             object.__setattr__(module, "__class__", _recording(type(module)))
-        token = _active.set((recorder, names))
+        token = _active.set(recorder)
         try:
             output = model(x, **options)
         finally:
@@ -51,8 +52,8 @@ class NnxNetwork(JaxNetwork):
         return nnx_layer(module) if hasattr(module, "use_running_average") else None
 
 
-# The recorder of the forward pass that is being traced, and the names of its modules by their ids.
-_active: ContextVar[tuple[Recorder, dict[int, str]]] = ContextVar("active")
+# The recorder of the forward pass that is being traced.
+_active: ContextVar[Recorder] = ContextVar("active")
 
 
 @cache
@@ -60,8 +61,7 @@ def _recording(module_class: type) -> type:
     """Return a class that records its calls while `_active` is set."""
 
     def __call__(self, *args, **kwargs):
-        recorder, names = _active.get()
-        name = names[id(self)]
+        recorder, name = _active.get(), self.parity_name
 
         def call(*args, **kwargs):
             return module_class.__call__(self, *args, **kwargs)
