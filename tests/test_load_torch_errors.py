@@ -186,6 +186,13 @@ def test_other_layouts_of_linear_layers():
         assert_close(x @ params[name]["kernel"].reshape(6, 4), x @ weights["point"].T)
 
 
+def test_an_embedding():
+    weight = np.arange(12, dtype=np.float32).reshape(4, 3)
+    variables = {"params": {"embed": {"embedding": jnp.ones((4, 3))}}}
+    result = convert({"wte.weight": weight}, {"embed": "wte"}, variables)
+    np.testing.assert_array_equal(result["params"]["embed"]["embedding"], weight)
+
+
 def assert_close(ours, theirs):
     # Sums of six products of order one, each rounded a few times.
     assert np.abs(ours - theirs).max() <= 12 * np.finfo(np.float32).eps * np.abs(theirs).max()
