@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -59,7 +60,7 @@ def test_the_error_of_one_pass_falls_like_one_over_the_batch_size():
     x = rng.normal(size=(4096, 4)).astype("float32")
     layer = partial(jaxbn.linen.BatchNorm, use_running_average=False)
     model = nn.Sequential([layer(), nn.relu, nn.Dense(16), layer()])
-    variables = model.init(jax.random.key(0), x)
+    variables: Any = model.init(jax.random.key(0), x)
     exact = recalibrate(model, variables, [x])["batch_stats"]["layers_3"]
 
     def error(size):

@@ -9,7 +9,7 @@ import pytest
 
 from train_examples.common.data import digits
 from train_examples.recalibrate import __main__ as command
-from train_examples.recalibrate import compare, ema
+from train_examples.recalibrate import compare, ema, passes
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,23 @@ def test_the_command_for_an_ema_prints_what_it_measures(monkeypatch):
         assert f"{accuracy:.2%}" in printed.getvalue() and f"{loss:.4f}" in printed.getvalue()
     with pytest.raises(SystemExit, match=r"^error: --seeds must be at least 1, got 0.$"):
         ema.main(["--seeds", "0"])
+
+
+def test_the_command_for_few_passes_prints_their_errors(monkeypatch):
+    monkeypatch.setattr(passes, "BATCHES", ((479, False),))
+    monkeypatch.setattr(passes, "PASSES", (1, None))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        rows = passes.main(["--epochs", "1"])
+    assert [(row.images, row.passes) for row in rows] == [
+        (images, number) for images in ("usual", "faint") for number in ("1", "exact")
+    ]
+    for one, exact in (rows[:2], rows[2:]):
+        # Float32 rounds at 6e-8, a few times in each layer.
+        assert exact.change < 1e-5 < 1e-4 < one.change < 0.1
+    for row in rows:
+        assert f"{row.change:.1e}" in printed.getvalue()
+        assert f"{row.accuracy:.2%}" in printed.getvalue()
 
 
 def test_pieces_hold_each_image_once():
