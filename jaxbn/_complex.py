@@ -27,9 +27,9 @@ def complex_like(dtype: DTypeLike, real: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.complex128 if real == jnp.float64 else jnp.complex64)
 
 
-def parts(value: jax.Array, count: int) -> Sequence[jax.Array]:
-    """Return real and imaginary part if `count` is 2, and a real value itself if it is 1."""
-    return [value] if count == 1 else [jnp.real(value), jnp.imag(value)]
+def parts(value: jax.Array, n_parts: int) -> Sequence[jax.Array]:
+    """Return real and imaginary part if `n_parts` is 2, and the value itself if it is 1."""
+    return [value] if n_parts == 1 else [jnp.real(value), jnp.imag(value)]
 
 
 def from_parts(parts: Sequence[jax.Array]) -> jax.Array:

@@ -42,9 +42,9 @@ def update(
     is left out, and if all are, the old value is kept.
     """
     fewest = 2 if running_variance == "unbiased" else 1
-    kind = 2 if is_complex(batches.mean) else 1
+    n_parts = 2 if is_complex(batches.mean) else 1
     sums = [
-        *(_sum_existing(mean, batches.n >= 1) for mean in parts(batches.mean, kind)),
+        *(_sum_existing(mean, batches.n >= 1) for mean in parts(batches.mean, n_parts)),
         _sum_existing(variance(batches, running_variance), batches.n >= fewest),
     ]
     if axis_name is not None:
@@ -64,7 +64,7 @@ def update(
         moved = weight_of_old * old + weight_of_batch * batch
         return jnp.where(n > 0, moved, old).reshape(running.shape)
 
-    old_means = parts(state["mean"], kind)
+    old_means = parts(state["mean"], n_parts)
     new["mean"] = from_parts([move(old, *mean) for old, mean in zip(old_means, means, strict=True)])
     new["var"] = move(state["var"], var, with_var)
     return _like(state, new)
