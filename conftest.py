@@ -25,6 +25,7 @@ PROMOTING = {
     **dict.fromkeys(("test_parity_command", "test_parity_frameworks"), HAIKU),
     **dict.fromkeys(("test_calibrate", "test_calibrate_nnx", "test_fold_linen"), FLAX),
     "test_load_torch": FLAX,
+    **dict.fromkeys(("test_fold_nnx", "test_fold_traced"), FLAX),
     **dict.fromkeys(("_fold", "test_fold"), "Users add a bias of shape (C,) to a batch."),
     "test_decay_mask": OPTAX,
     **dict.fromkeys(("test_data_parallel", "test_digits", "test_digits_teaching"), EXAMPLES),
