@@ -24,6 +24,8 @@ PROMOTING = {
     **dict.fromkeys(("haiku", "test_adapters", "test_convert"), HAIKU),
     **dict.fromkeys(("test_parity_command", "test_parity_frameworks"), HAIKU),
     **dict.fromkeys(("test_calibrate", "test_calibrate_nnx", "test_fold_linen"), FLAX),
+    "test_load_torch": FLAX,
+    **dict.fromkeys(("test_fold_nnx", "test_fold_traced"), FLAX),
     **dict.fromkeys(("_fold", "test_fold"), "Users add a bias of shape (C,) to a batch."),
     "test_decay_mask": OPTAX,
     **dict.fromkeys(("test_data_parallel", "test_digits", "test_digits_teaching"), EXAMPLES),
@@ -70,6 +72,12 @@ def share_compiled_programs(config):
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+def pytest_collection_finish():
+    """Exempt what is imported by now from garbage collections, which would visit all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

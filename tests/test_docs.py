@@ -21,7 +21,7 @@ NAMES = {
         *("batch_norms_from_torch", "from_equinox", "from_haiku", "from_keras", "from_torch"),
         *("to_equinox", "to_haiku", "to_keras", "to_torch"),
     ],
-    "inference": ["fold", "fold_linen"],
+    "inference": ["find_pairs", "fold", "fold_linen", "fold_nnx"],
     "linen": ["BatchNorm", "BatchRenorm", "override"],
     "nnx": ["BatchNorm", "BatchRenorm", "override"],
     "parity": [

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxbn.inference import find_pairs, fold_linen
 from train_examples.common.config import Config
 from train_examples.common.data import digits
+from train_examples.common.model import no_norm
 from train_examples.common.training import fit, network
 from train_examples.fold import __main__ as command
+from train_examples.fold import compare as module
 from train_examples.fold.compare import compare
 
 # The longest sums have 3 x 3 x 64 values and a bias.
@@ -62,8 +65,13 @@ def test_outputs_are_equal(variables, dtype):
 
 
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
-def test_a_wrong_epsilon_shows(variables, dtype):
-    result = comparison(variables, dtype, epsilon=1e-3)
+def test_a_wrong_epsilon_shows(variables, dtype, monkeypatch):
+    def folded(model, variables, images):
+        pairs = find_pairs(model, variables, images, train=False)
+        return model.clone(norm=no_norm, use_bias=True), fold_linen(variables, pairs, epsilon=1e-3)
+
+    monkeypatch.setattr(module, "folded", folded)
+    result = comparison(variables, dtype)
     assert result.difference > tolerance(dtype) * result.largest
 
 

@@ -153,7 +153,6 @@ def test_a_small_bias_in_evaluation_alone_is_noticed(preset, rng):
     [
         ({"per_example": True}, "batch variance"),
         ({"batch_in_evaluation": True}, "evaluation"),
-        ({"frozen": True}, "running mean"),
         ({"rounded_to": np.float16}, "evaluation"),
     ],
     ids=str,
@@ -195,9 +194,21 @@ def test_epsilon_outside_the_root_is_named(epsilon, batch_variance, rng):
     check(found, **{**jaxbn.PYTORCH, "epsilon": epsilon, "batch_variance": batch_variance})
 
 
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 1e-3, 0.1])
+@pytest.mark.parametrize("batch_variance", ESTIMATORS)
+def test_statistics_that_never_move(epsilon, batch_variance, rng):
+    """Layers of PyTorch with `momentum=0` normalize with the batch, and keep their statistics."""
+    layer = NumpyBatchNorm(rng, momentum=1.0, epsilon=epsilon, batch_variance=batch_variance)
+    assert identify(layer, C) == {
+        "momentum": 1.0,
+        "epsilon": epsilon,
+        "batch_variance": batch_variance,
+    }
+
+
 BROKEN = [
-    (Frozen, {}, "running mean", "moves it by 0 of the distance"),
-    (NumpyBatchNorm, {"momentum": 1.0}, "running mean", "momentum 1?"),
+    (Frozen, {}, "running mean", "the layer is frozen, or in evaluation"),
+    (NumpyBatchNorm, {"momentum": 0.99999}, "running mean", "moves it by 1e-05 of the distance"),
     (OwnMomentumForTheVariance, {}, "running variance", "with the momentum of the mean"),
     (MomentumPerFeature, {}, "running mean", "differs between features"),
     (WarmedUp, {}, "running mean", "have the weights 1, 0.1, 0.1"),

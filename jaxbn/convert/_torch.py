@@ -23,7 +23,9 @@ _AFFINE = ("weight", "bias")
 _RUNNING = ("running_mean", "running_var")
 
 
-def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params, State | None]:
+def from_torch(
+    state_dict: Mapping[str, Any], prefix: str = "", *, track_count: bool = True
+) -> tuple[Params, State | None]:
     """Return jaxbn's params and state of a PyTorch batch norm.
 
     `weight` becomes `scale`, `bias` keeps its name, `running_mean` and `running_var` become `mean`
@@ -36,11 +38,13 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params,
         shape (C,) and a floating dtype.
       prefix: the layer's name in a model, "layer1.0.bn1", with or without a dot at its end. Entries
         of other layers are ignored. Without it, every entry must belong to the layer.
+      track_count: whether the state has a `count`. PyTorch's layer always has one, but only
+        `momentum=None` needs it, and a Flax layer with another momentum has none.
 
     Returns:
       `params`, with `scale` and `bias` of shape (C,), or {} for a layer with `affine=False`; and
-      `state`, with `mean` and `var` of shape (C,) and `count` (int32, scalar; absent if an old
-      checkpoint lacks it), or None for a layer with `track_running_stats=False`.
+      `state`, with `mean` and `var` of shape (C,) and, with `track_count`, `count` (int32, scalar;
+      absent if an old checkpoint lacks it), or None for a layer with `track_running_stats=False`.
 
     Raises:
       ValueError: entries are missing, extra, of the wrong shape or not floating (all are listed),
@@ -61,12 +65,13 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params,
     """
     _checks.mapping("state_dict", state_dict)
     _entries.check_string_keys("state_dict", state_dict)
+    track_count = _checks.python_bool("track_count", track_count)
     prefix = _entries.complete_prefix(prefix, ".")
     leaves, problems = _read(state_dict, prefix)
     if state_dict and not any(key.startswith(prefix) for key in state_dict):
         problems = [f"none of the {len(state_dict)} entries begins with {prefix!r}"]
     _entries.raise_if_any("state_dict does not hold one batch norm", problems)
-    return _entries.params_and_state(leaves)
+    return _params_and_state(leaves, track_count)
 
 
 def to_torch(
@@ -121,7 +126,7 @@ def to_torch(
 
 
 def batch_norms_from_torch(
-    state_dict: Mapping[str, Any],
+    state_dict: Mapping[str, Any], *, track_count: bool = True
 ) -> dict[str, tuple[Params, State | None]]:
     """Return jaxbn's params and state of every batch norm in a PyTorch model.
 
@@ -132,6 +137,7 @@ def batch_norms_from_torch(
 
     Args:
       state_dict: what `model.state_dict()` returns, or the same from a file; see `from_torch`.
+      track_count: whether each state has a `count`; see `from_torch`.
 
     Returns:
       What `from_torch` returns for each, by the layer's name ("layer1.0.bn1"; "" if the model is a
@@ -152,6 +158,7 @@ def batch_norms_from_torch(
     """
     _checks.mapping("state_dict", state_dict)
     _entries.check_string_keys("state_dict", state_dict)
+    track_count = _checks.python_bool("track_count", track_count)
     names = {}
     for key in state_dict:
         layer, _, entry = key.rpartition(".")
@@ -162,7 +169,7 @@ def batch_norms_from_torch(
         found[name], its_problems = _read(state_dict, _entries.complete_prefix(name, "."))
         problems += its_problems
     _entries.raise_if_any("state_dict holds invalid batch norms", problems)
-    return {name: _entries.params_and_state(leaves) for name, leaves in found.items()}
+    return {name: _params_and_state(leaves, track_count) for name, leaves in found.items()}
 
 
 class _TensorLike(np.ndarray):
@@ -187,6 +194,13 @@ class _TensorLike(np.ndarray):
 
         args, kwargs = jax.tree.map(tensor, (args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+def _params_and_state(
+    leaves: Mapping[str, Array], track_count: bool
+) -> tuple[Params, State | None]:
+    kept = {k: v for k, v in leaves.items() if track_count or k != "count"}
+    return _entries.params_and_state(kept)
 
 
 def _read(state_dict: Mapping[str, Any], prefix: str) -> tuple[dict[str, Array], list[str]]:

@@ -4,31 +4,48 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxbn import _checks
-from jaxbn._trees import is_box
-from jaxbn.inference import _linen_variables
-from jaxbn.inference._fold import fold
+from jaxbn.inference import _linen_variables, _paths
+from jaxbn.inference._check_outputs import Replacement, check_outputs
+from jaxbn.inference._find_pairs import check_example, traced_model
+from jaxbn.inference._folded_entries import folded_entries, magnitudes
+from jaxbn.inference._pairs import Pair, checked_pairs, found_pairs, too_few
+from jaxbn.inference._traced_model import TracedModel
 
 Path = str | Sequence[str]
-Entries = Mapping[str, Any]
+Names = tuple[str, ...]
 
 
 def fold_linen(
     model_variables: Mapping[str, Any],
-    pairs: Mapping[str, Path] | Iterable[tuple[Path, Path]],
+    pairs: Mapping[str, Path] | Iterable[tuple[Path, Path]] | None = None,
     *,
-    epsilon: float = 1e-5,
-    axis: int = -1,
+    model: Any = None,
+    example: Any = None,
+    epsilon: float | None = None,
+    axis: int | None = None,
+    **apply_kwargs: Any,
 ) -> dict[str, Any]:
     """Fold batch norms into the layers before them, given the variables of a Linen model.
 
     Each is folded by `fold`. The new variables are for the same model without those batch norms,
     and with biases in the layers before them: `use_bias=True`.
 
-    A new bias has the shape (C,), or in a `ConvLocal` the one that its kernel implies. Layers are
-    recognized by the names that Flax gives them. `DenseGeneral` and `Einsum` with kernels of more
-    than two axes can be folded only if they have a bias, because their kernels do not determine its
-    shape: put zeros there first. The same holds for layers with a name of their own whose bias is
-    not (C,).
+    **Pass `model` and `example`.** The model is then run on the example in evaluation mode, which
+    finds the pairs, reads each epsilon and kernel axis from the layers, and checks everything:
+
+    - each batch norm must directly follow its layer, with nothing between, not even a reshape;
+    - the output of the layer must go nowhere else, and neither may be called a second time;
+    - on the example, each folded layer must compute what layer and batch norm computed, up to
+      rounding.
+
+    Without them, `pairs`, `epsilon` and `axis` are taken as they are, and nothing of this is
+    checked: a wrong pair or epsilon gives a model with other outputs.
+
+    A new bias has the shape (C,), or in a `ConvLocal` the one that its kernel implies. Without a
+    model, layers are recognized by the names that Flax gives them. `DenseGeneral` and `Einsum` with
+    kernels of more than two axes can be folded only if they have a bias, because their kernels do
+    not determine its shape: put zeros there first. The same holds for layers with a name of their
+    own whose bias is not (C,).
 
     Leaves in boxes of Flax, such as those of `nn.with_partitioning`, stay in them. A new bias has
     no box.
@@ -37,9 +54,16 @@ def fold_linen(
       model_variables: the model's variables, with collections `params` and `batch_stats`, as dicts
         or frozen dicts of Flax. They are not changed.
       pairs: each layer with the batch norm after it: {"Conv_0": "BatchNorm_0"} or a sequence of
-        such pairs. Deeper paths are "Block_0/Conv_0" or ("Block_0", "Conv_0").
-      epsilon: the epsilon of all these batch norms. If they differ, fold them in several calls.
-      axis: the output axis of all these kernels.
+        such pairs. Deeper paths are "Block_0/Conv_0" or ("Block_0", "Conv_0"). May be left out with
+        a model, whose batch norms must then all be foldable. To leave out those that are not, pass
+        `find_pairs(model, model_variables, example, ...)`, and keep them in the new model.
+      model: the `flax.linen.Module`.
+      example: an input of the model, as for `jaxbn.calibrate.recalibrate`: an array, a tuple of
+        positional arguments, or a dict of keyword arguments.
+      epsilon: the epsilon of all these batch norms, without a model by default 1e-5. If they
+        differ, pass the model, or fold them in several calls.
+      axis: the output axis of all these kernels, without a model by default -1.
+      **apply_kwargs: further arguments of `model.apply`, such as `train=False`.
 
     Returns:
       New variables, as plain dicts, with kernels folded and biases folded or added. The entries of
@@ -48,16 +72,17 @@ def fold_linen(
     Raises:
       ValueError: a collection is missing; the variables do not have a path, or it is named twice;
         the layer and batch norm of a pair do not fit; a variance is one that `fold` rejects; a new
-        bias has an unknown shape.
-      TypeError: `model_variables` is not a mapping; a kernel, bias or statistic has the wrong
-        dtype.
+        bias has an unknown shape. With a model: a batch norm is in training mode, a check fails, or
+        `epsilon` or `axis` is not that of the layers.
+      TypeError: `model_variables` is not a mapping, or `model` not a Linen module; a kernel, bias
+        or statistic has the wrong dtype; there are neither pairs nor a model.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn.inference, jaxbn.linen
       >>> model = nn.Sequential([nn.Dense(2, use_bias=False), jaxbn.linen.BatchNorm(True)])
       >>> x = jax.random.normal(jax.random.key(0), (8, 3))
       >>> variables = model.init(jax.random.key(1), x)
-      >>> folded = jaxbn.inference.fold_linen(variables, {"layers_0": "layers_1"})
+      >>> folded = jaxbn.inference.fold_linen(variables, model=model, example=x)
       >>> jax.tree.map(lambda leaf: leaf.shape, folded)
       {'params': {'layers_0': {'bias': (2,), 'kernel': (3, 2)}}}
       >>> y = nn.Sequential([nn.Dense(2)]).apply(folded, x)
@@ -70,43 +95,70 @@ def fold_linen(
             f"model_variables must have the collections 'params' and 'batch_stats', got "
             f"{sorted(map(str, model_variables))}."
         )
+    if model is None and (example is not None or apply_kwargs):
+        given = ["example"] * (example is not None) + list(apply_kwargs)
+        raise TypeError(f"{', '.join(given)} must come with model, which is called with them.")
+    if model is None and pairs is None:
+        raise TypeError("pairs must be given, or model and example to find them.")
     variables = _linen_variables.plain_dicts(model_variables)
-    params, stats = variables["params"], variables["batch_stats"]
-    paths = _linen_variables.parse_pairs(pairs)
-    layers, norms = ([pair[k] for pair in paths] for k in (0, 1))
-    kernels = _linen_variables.modules_with(params, "kernel")
-    means = _linen_variables.modules_with(stats, "mean")
-    _linen_variables.check_paths("layers", "a kernel in params", layers, kernels)
-    _linen_variables.check_paths("batch norms", "a mean in batch_stats", norms, means)
+    paths = None if pairs is None else _parsed(variables, pairs)
+    if model is None:
+        epsilon, axis = 1e-5 if epsilon is None else epsilon, -1 if axis is None else axis
+        kind = _linen_variables.kind_of_name
+        chosen = [Pair(layer, norm, epsilon, axis, kind(layer[-1])) for layer, norm in paths or ()]
+        return _folded(variables, chosen, None)
 
-    for layer_path, norm_path in paths:
-        layer = _linen_variables.module_entries(params, layer_path)
-        norm = [_linen_variables.module_entries(tree, norm_path) for tree in (params, stats)]
+    import flax.linen as nn
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a flax.linen.Module, got {type(model).__name__}.")
+    check_example(example)
+    traced = traced_model(model, variables, example, apply_kwargs)
+    if paths is None:
+        found, problems = found_pairs(traced)
+        if problems:
+            advice = (
+                " To fold the others and keep these in the model, pass pairs=find_pairs(model, "
+                "variables, example, ...)."
+            )
+            raise too_few(problems, advice if found else "")
+        paths = [(pair.layer, pair.norm) for pair in found]
+    return _folded(variables, checked_pairs(traced, paths, epsilon, axis), traced)
+
+
+def _parsed(variables: dict[str, Any], pairs: Any) -> list[tuple[Names, Names]]:
+    """Return the paths of the pairs, which the variables must have."""
+    paths = _paths.parse_pairs(pairs)
+    layers, norms = ([pair[k] for pair in paths] for k in (0, 1))
+    kernels = _linen_variables.modules_with(variables["params"], "kernel")
+    means = _linen_variables.modules_with(variables["batch_stats"], "mean")
+    _paths.check_paths("layers", "a kernel in params", layers, kernels)
+    _paths.check_paths("batch norms", "a mean in batch_stats", norms, means)
+    return paths
+
+
+def _folded(
+    variables: dict[str, Any], pairs: Sequence[Pair], traced: TracedModel | None
+) -> dict[str, Any]:
+    """Fold the pairs, in place, and check the result if the model was traced."""
+    params, stats = variables["params"], variables["batch_stats"]
+    replacements = []
+    for pair in pairs:
+        layer = _linen_variables.module_entries(params, pair.layer)
+        norm = [_linen_variables.module_entries(tree, pair.norm) for tree in (params, stats)]
         try:
-            layer |= _folded_layer(layer_path[-1], layer, *norm, epsilon=epsilon, axis=axis)
+            folded = folded_entries(pair, layer, *norm)
+            sizes = magnitudes(pair, layer, *norm) if traced else {}
         except (TypeError, ValueError) as error:
-            names = _linen_variables.join_paths([layer_path, norm_path], " and ")
+            names = _paths.join_paths([pair.layer, pair.norm], " and ")
             raise type(error)(f"{names} cannot be folded: {error}") from None
-    for _, norm_path in paths:
-        _linen_variables.remove(params, norm_path)
-        _linen_variables.remove(stats, norm_path)
+        layer |= folded
+        replacements.append(Replacement(pair, folded, sizes))
+    if traced is not None:
+        check_outputs(traced, replacements)
+    for pair in pairs:
+        _linen_variables.remove(params, pair.norm)
+        _linen_variables.remove(stats, pair.norm)
     if not stats:
         del variables["batch_stats"]
     return variables
-
-
-def _folded_layer(
-    name: str, layer: Entries, params: Entries, state: Entries, *, epsilon: float, axis: int
-) -> dict[str, Any]:
-    """Apply `fold` to the entries of a Linen model, which may be in boxes."""
-    plain, params, state = (
-        {key: leaf.unbox() if is_box(leaf) else leaf for key, leaf in entries.items()}
-        for entries in (layer, params, state)
-    )
-    if "bias" not in plain:
-        plain["bias"] = _linen_variables.zero_bias(name, plain["kernel"])
-    folded = fold(plain["kernel"], plain["bias"], params, state, epsilon=epsilon, axis=axis)
-    return {
-        key: layer[key].replace_boxed(leaf) if is_box(layer.get(key)) else leaf
-        for key, leaf in zip(("kernel", "bias"), folded, strict=True)
-    }

@@ -50,12 +50,11 @@ def compare(
     model: ConvNet,
     variables: Tree,
     dataset: Dataset,
-    epsilon: float = 1e-5,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Comparison:
     """Compare a trained network with the folded one, on test images."""
     images, labels = dataset.test_images, dataset.test_labels
-    networks = ((model, variables), folded(model, variables, epsilon))
+    networks = ((model, variables), folded(model, variables, images[:1]))
     trained_call, folded_call = (
         partial(jax.jit(partial(model.apply, train=False)), variables)
         for model, variables in networks
@@ -74,10 +73,15 @@ def compare(
     )
 
 
-def folded(model: ConvNet, variables: Tree, epsilon: float = 1e-5) -> tuple[ConvNet, Tree]:
-    """Return the network without batch norms, and the variables that make it equal `model`."""
-    pairs = {name.replace("BatchNorm", "Conv"): name for name in variables["batch_stats"]}
-    variables = fold_linen(variables, pairs, epsilon=epsilon)
+def folded(model: ConvNet, variables: Tree, images: np.ndarray) -> tuple[ConvNet, Tree]:
+    """Return the network without batch norms, and the variables that make it equal `model`.
+
+    Args:
+      model: the network.
+      variables: its variables.
+      images: a few images, on which the folded layers are checked.
+    """
+    variables = fold_linen(variables, model=model, example=images, train=False)
     return model.clone(norm=no_norm, use_bias=True), variables
 
 

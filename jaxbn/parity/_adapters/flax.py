@@ -1,7 +1,9 @@
 """Wrap batch norms of Flax, Linen and NNX, and this library's drop-in layers for them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxbn.parity._adapters.jax_function import JaxFunctionLayer, accept_matrix, mean_and_var
 from jaxbn.parity._layer import DifferentiableLayer
@@ -29,22 +31,14 @@ def linen_layer(module: Any, variables: Mapping[str, Any]) -> DifferentiableLaye
       0.9
     """
     unmapped = {k: None for k in ("axis_name", "axis_index_groups") if hasattr(module, k)}
-    module = module.clone(use_running_average=None, **unmapped)
-
-    def apply(params, state, x, train):
-        y, updates = module.apply(
-            {"params": params, "batch_stats": state},
-            x,
-            use_running_average=not train,
-            mutable=["batch_stats"],
-        )
-        return y, updates["batch_stats"]
-
+    module = module.clone(parent=None, name=None, use_running_average=None, **unmapped)
+    apply = accept_matrix(_Linen(module), module.axis)
     return JaxFunctionLayer(
-        accept_matrix(apply, module.axis),
+        apply,
         variables.get("params", {}),
         variables["batch_stats"],
         mean_and_var,
+        with_features=lambda _: apply,
     )
 
 
@@ -74,10 +68,10 @@ def nnx_layer(layer: Any) -> DifferentiableLayer:
     layer.axis_name = layer.axis_index_groups = None
     graph, params, state = nnx.split(layer, nnx.Param, ...)
 
-    def apply(params, state, x, train):
-        merged = nnx.merge(graph, params, state, copy=True)
-        y = merged(x, use_running_average=not train)
-        return y, nnx.split(merged, nnx.Param, ...)[2]
+    def with_features(number):
+        other = nnx.merge(graph, params, state, copy=True)
+        other.num_features = number
+        return accept_matrix(_Nnx(nnx.split(other)[0]), layer.axis)
 
     def statistics(state):
         return state["mean"][...], state["var"][...]
@@ -85,4 +79,33 @@ def nnx_layer(layer: Any) -> DifferentiableLayer:
     def named(params):
         return {name: params[name][...] for name in ("scale", "bias") if name in params}
 
-    return JaxFunctionLayer(accept_matrix(apply, layer.axis), params, state, statistics, named)
+    apply = accept_matrix(_Nnx(graph), layer.axis)
+    return JaxFunctionLayer(apply, params, state, statistics, named, with_features)
+
+
+class _Linen(NamedTuple):
+    """A Linen module as a function. Modules with equal options make equal functions."""
+
+    module: Any
+
+    def __call__(self, params: Any, state: Any, x: jax.Array, train: bool) -> Any:
+        y, updates = self.module.apply(
+            {"params": params, "batch_stats": state},
+            x,
+            use_running_average=not train,
+            mutable=["batch_stats"],
+        )
+        return y, updates["batch_stats"]
+
+
+class _Nnx(NamedTuple):
+    """An NNX layer as a function. Layers with equal options make equal functions."""
+
+    graph: Any
+
+    def __call__(self, params: Any, state: Any, x: jax.Array, train: bool) -> Any:
+        from flax import nnx
+
+        layer = nnx.merge(self.graph, params, state, copy=True)
+        y = layer(x, use_running_average=not train)
+        return y, nnx.split(layer, nnx.Param, ...)[2]

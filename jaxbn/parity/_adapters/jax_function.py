@@ -1,7 +1,8 @@
 """Wrap a pure JAX function and its state as a layer, and `jaxbn.batch_norm` with it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,22 +36,30 @@ def batch_norm_layer(params: Params, state: State, **options: Any) -> Differenti
       ['bias', 'scale', 'x']
     """
 
-    def apply(params, state, x, train):
-        return batch_norm(params, state, x, train, **options)
-
+    apply = accept_matrix(_Function(tuple(sorted(options.items()))), options.get("axis", -1))
     return JaxFunctionLayer(
-        accept_matrix(apply, options.get("axis", -1)), dict(params), dict(state), mean_and_var
+        apply, dict(params), dict(state), mean_and_var, with_features=lambda _: apply
     )
+
+
+class _Function(NamedTuple):
+    """`jaxbn.batch_norm` with options. Equal options make equal functions."""
+
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, params: Any, state: Any, x: jax.Array, train: bool) -> Any:
+        return batch_norm(params, state, x, train, **dict(self.options))
 
 
 class JaxFunctionLayer:
     """A layer made of a pure function `apply(params, state, x, train) -> (y, state)`.
 
     Args:
-      apply: the function.
+      apply: the function. Layers whose functions are equal share compiled programs.
       params, state: its first two arguments. The layer replaces its state after each training step.
       statistics: takes the running mean and variance out of a state.
       named: takes `scale` and `bias` out of anything with the structure of `params`.
+      with_features: returns `apply` for another number of features. None if there is none.
     """
 
     def __init__(
@@ -60,26 +69,22 @@ class JaxFunctionLayer:
         state: Any,
         statistics: Callable[[Any], tuple[Any, Any]],
         named: Callable[[Any], Mapping[str, Any]] = lambda params: params,
+        with_features: Callable[[int], Apply] | None = None,
     ):
-        def differentiate(params, state, x, dy):
-            def of_inputs(params, x):
-                return apply(params, state, x, True)
-
-            y, vjp, state = jax.vjp(of_inputs, params, x, has_aux=True)
-            dparams, dx = vjp(dy.astype(y.dtype))
-            return y, {"x": dx, **named(dparams)}, state
-
         self.params, self.state, self.statistics = params, state, statistics
-        self._train = jax.jit(lambda params, state, x: apply(params, state, x, True))
-        self._evaluate = jax.jit(lambda params, state, x: apply(params, state, x, False)[0])
-        self._differentiate = jax.jit(differentiate)
+        self.named, self.with_features = named, with_features
+        try:
+            self._programs = _shared_programs(apply)
+        except TypeError:
+            # Options that cannot be hashed, such as arrays, cannot be compared either.
+            self._programs, self.with_features = _programs(apply), None
 
     def train(self, x: np.ndarray) -> np.ndarray:
-        y, self.state = self._train(self.params, self.state, jnp.asarray(x))
+        y, self.state = self._programs.train(self.params, self.state, jnp.asarray(x))
         return np.asarray(y)
 
     def evaluate(self, x: np.ndarray) -> np.ndarray:
-        return np.asarray(self._evaluate(self.params, self.state, jnp.asarray(x)))
+        return np.asarray(self._programs.evaluate(self.params, self.state, jnp.asarray(x)))
 
     def running(self) -> tuple[np.ndarray, np.ndarray]:
         mean, var = (np.asarray(v).reshape(-1) for v in self.statistics(self.state))
@@ -87,9 +92,66 @@ class JaxFunctionLayer:
 
     def step(self, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         arrays = (jnp.asarray(v) for v in (x, dy))
-        y, gradients, self.state = self._differentiate(self.params, self.state, *arrays)
+        y, dparams, dx, self.state = self._programs.step(self.params, self.state, *arrays)
+        gradients = {"x": dx, **self.named(dparams)}
         found = {k: np.asarray(v) for k, v in gradients.items() if v is not None}
         return np.asarray(y), {k: v if k == "x" else v.reshape(-1) for k, v in found.items()}
+
+    def repeated(self, number: int) -> "JaxFunctionLayer | None":
+        """Return a copy with this many features, which are those of this layer again and again.
+
+        Return None if the layer cannot have another number of features.
+        """
+        num_features = len(self.running()[0])
+        leaves = jax.tree.leaves((self.params, self.state))
+        if self.with_features is None or not all(_is_per_feature(v, num_features) for v in leaves):
+            return None
+        params, state = jax.tree.map(lambda v: _repeat(v, number), (self.params, self.state))
+        apply = self.with_features(number)
+        return JaxFunctionLayer(apply, params, state, self.statistics, self.named)
+
+
+class _Programs(NamedTuple):
+    """The compiled functions of a layer."""
+
+    train: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    step: Callable[..., Any]
+
+
+def _programs(apply: Apply) -> _Programs:
+    def step(params, state, x, dy):
+        def of_inputs(params, x):
+            return apply(params, state, x, True)
+
+        y, vjp, state = jax.vjp(of_inputs, params, x, has_aux=True)
+        return y, *vjp(dy.astype(y.dtype)), state
+
+    return _Programs(
+        jax.jit(lambda params, state, x: apply(params, state, x, True)),
+        jax.jit(lambda params, state, x: apply(params, state, x, False)[0]),
+        jax.jit(step),
+    )
+
+
+# The layers of a network have few different options.
+_shared_programs = lru_cache(maxsize=32)(_programs)
+
+
+def _is_per_feature(leaf: Any, num_features: int) -> bool:
+    """Return whether an array is a scalar, or has a value per feature along one axis."""
+    if leaf.ndim == 0:
+        return True
+    return leaf.size == max(leaf.shape) == num_features and (leaf.size > 1 or leaf.ndim == 1)
+
+
+def _repeat(leaf: Any, number: int) -> Any:
+    """Return the leaf with its values repeated until there are this many."""
+    if leaf.ndim == 0:
+        return leaf
+    shape = list(leaf.shape)
+    shape[shape.index(leaf.size)] = number
+    return jnp.asarray(np.resize(leaf, shape))
 
 
 def mean_and_var(state: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -109,11 +171,19 @@ def accept_matrix(apply: Apply, axis: Any, ndim: int | None = None) -> Apply:
         raise ValueError(f"the layer's axis is {axis}; only a single feature axis can be probed.")
     if ndim is None:
         ndim = max(2, axis + 1 if axis >= 0 else -axis + (axis < -1))
-    axis %= ndim
+    return _OnMatrix(apply, axis % ndim, ndim)
 
-    def apply_to_matrix(params, state, x, train):
-        ones = (1,) * (ndim - 2)
-        y, state = apply(params, state, jnp.moveaxis(x.reshape(*x.shape, *ones), 1, axis), train)
-        return jnp.moveaxis(y, axis, 1).reshape(x.shape), state
 
-    return apply_to_matrix
+class _OnMatrix(NamedTuple):
+    """`apply` of arrays of shape (N, C), for one of arrays with `ndim` axes, features on `axis`."""
+
+    apply: Apply
+    axis: int
+    ndim: int
+
+    def __call__(self, params: Any, state: Any, x: jax.Array, train: bool) -> Any:
+        ones = (1,) * (self.ndim - 2)
+        x = jnp.moveaxis(x.reshape(*x.shape, *ones), 1, self.axis)
+        y, state = self.apply(params, state, x, train)
+        y = jnp.moveaxis(y, self.axis, 1)
+        return y.reshape(y.shape[:2]), state

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn.parity._identify.black_box import BATCH_SIZES, BlackBox, over_biased, probe_batch
+from jaxbn.parity._identify.common_size import with_common_size
 from jaxbn.parity._identify.normalization import (
     Normalization,
     find_normalization,
@@ -37,6 +38,9 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
       `running_variance`. Pass them on as `batch_norm(..., **identify(layer, 16))`. Each number is
       the shortest decimal within the error of the measurement.
 
+      If training does not move the running statistics at all, `momentum` is 1 (0 in PyTorch), and
+      there is no `running_variance`, because nothing shows it.
+
       A different epsilon in evaluation is noticed if it is visible beside the running variances
       that occur: at the usual initial variance of 1, if it differs by more than 1e-4 and 5 %, and
       less if momentum is below 0.9. Behaviour that starts after more steps than these, such as an
@@ -63,7 +67,7 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
     """
     if num_features < 1:
         raise ValueError(f"num_features is {num_features}; it must be at least 1.")
-    box = BlackBox(layer, num_features)
+    box = BlackBox(with_common_size(layer, num_features), num_features)
     box.probe = "evaluation"
     # Before any training step: a larger running variance may later hide an epsilon.
     mean, var = box.running()
@@ -72,7 +76,8 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
 
     average = find_running_average(box)
     normalization = find_normalization(box)
-    shrink_running_variance(box, normalization.epsilon)
+    if average.kind != "fixed":
+        shrink_running_variance(box, normalization.epsilon)
 
     box.probe = "evaluation"
     _check_evaluation(box, normalization, *before_training)
@@ -86,7 +91,7 @@ def identify(layer: Layer, num_features: int) -> Mapping[str, Any]:
 
     _refuse_what_has_no_keyword(box)
     names = ("momentum", "epsilon", "batch_variance", "running_variance")
-    return {name: box.found[name] for name in names}
+    return {name: box.found[name] for name in names if name in box.found}
 
 
 def _check_evaluation(
@@ -120,7 +125,7 @@ def _check_new_batch(
         box.fail("the other findings do not predict the output for a new batch")
     after = box.running()
     weight = average.weight(box.steps)
-    averaged_var = var * over_biased(box.found["running_variance"], size)
+    averaged_var = var * over_biased(box.found.get("running_variance", "biased"), size)
     for name, old, new, value in zip(
         ("mean", "variance"), before, after, (mean, averaged_var), strict=True
     ):

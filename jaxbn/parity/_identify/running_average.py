@@ -23,9 +23,9 @@ class RunningAverage(NamedTuple):
     bias-corrected one.
 
     Attributes:
-      kind: "constant", "cumulative" or "bias-corrected".
+      kind: "constant", "cumulative", "bias-corrected", or "fixed" if it never moves.
       decay: the factor above.
-      s: its value at training step `steps`.
+      s: its value at training step `steps`. A fixed average has an infinite one.
       steps: how many training steps had been made when `s` was measured.
     """
 
@@ -53,12 +53,14 @@ def find_running_average(box: BlackBox) -> RunningAverage:
         batch_mean, batch_var = x.mean(0, np.float64), x.var(0, np.float64)
         box.train(x)
         new_mean, new_var = box.running()
+        if step == 0 and np.array_equal(new_mean, mean) and np.array_equal(new_var, var):
+            return _fixed(box)
         each = (new_mean - mean) / (batch_mean - mean)
         weight = float(np.median(each))
         if weight < 1e-4:
             box.fail(
                 f"a training step moves it by {weight:.2g} of the distance to the batch's mean, "
-                "too little to measure a momentum (is the layer frozen, or its momentum 1?)"
+                "too little to measure a momentum"
             )
         if np.abs(each - weight).max() > 1e-4 * weight + 1e-5:
             box.fail(
@@ -82,6 +84,25 @@ def find_running_average(box: BlackBox) -> RunningAverage:
         box.found["averages"] = "bias-corrected"
     _find_estimator(box, average, factors, sizes)
     return average
+
+
+def _fixed(box: BlackBox) -> RunningAverage:
+    """Return the average of a layer whose running statistics do not move in training.
+
+    Its momentum is 1 (0 in PyTorch), unless it is frozen and also normalizes with them in training.
+    """
+    heights = [
+        np.ptp(box.train(probe_batch(BATCH_SIZES[-1], 0, deviation, box.num_features)), 0)
+        for deviation in (1.0, 30.0)
+    ]
+    # Normalized by their own statistics, both batches are nearly the same.
+    if (heights[1] > 10 * heights[0]).any():
+        box.fail(
+            "training neither moves it nor normalizes with the statistics of the batch; the layer "
+            "is frozen, or in evaluation"
+        )
+    box.found["momentum"] = 1.0
+    return RunningAverage("fixed", 1.0, np.inf, box.steps)
 
 
 def _find_estimator(

@@ -1,0 +1,89 @@
+"""Find the layers into which batch norms can be folded, by running the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxbn import _checks
+from jaxbn.inference import _linen_variables
+from jaxbn.inference._pairs import found_pairs
+from jaxbn.inference._tags import as_text
+from jaxbn.inference._traced_model import TracedModel
+
+
+def find_pairs(model: Any, variables: Any, example: Any, **apply_kwargs: Any) -> dict[str, str]:
+    """Find each layer whose output goes directly into a batch norm, and nowhere else.
+
+    The model is traced on the example input in evaluation mode, not computed. Layers are modules
+    with a `kernel`, of Flax or of others; batch norms are those of this library and of Flax, and
+    classes derived from them. A batch norm is left out if
+
+    - anything stands between it and the layer, even a reshape;
+    - the layer's output has another use, or its kernel or bias has;
+    - one of them is called a second time, or inside `nn.scan`, `nn.vmap` or another loop, branch or
+      map (of equal blocks in one `nn.jit`, too);
+    - it has a mask, or its features are not on the last axis.
+
+    Args:
+      model: a `flax.linen.Module` or a `flax.nnx.Module`. It is not changed.
+      variables: the variables of a Linen model, an `nnx.State`, or None to use the variables that
+        an `nnx.Module` holds. They may be shapes, as of `jax.eval_shape`.
+      example: an input of the model, as for `jaxbn.calibrate.recalibrate`: an array, a tuple of
+        positional arguments, or a dict of keyword arguments. Arrays may be `jax.ShapeDtypeStruct`.
+      **apply_kwargs: further arguments of `model.apply`, or of the NNX model, such as
+        `train=False`.
+
+    Returns:
+      The path of each layer with the path of its batch norm, in the order of the computation, as
+      `fold_linen` and `fold_nnx` take them.
+
+    Raises:
+      TypeError: `model` or `variables` has another type.
+      ValueError: a batch norm is in training mode.
+
+    Example:
+      >>> import flax.linen as nn, jax, jaxbn.linen
+      >>> from jaxbn.inference import find_pairs
+      >>> norm = jaxbn.linen.BatchNorm(use_running_average=True)
+      >>> model = nn.Sequential([nn.Dense(4), norm, nn.relu, nn.Dense(4), nn.relu, norm.copy()])
+      >>> x = jax.numpy.ones((8, 3))
+      >>> find_pairs(model, model.init(jax.random.key(0), x), x)
+      {'layers_0': 'layers_1'}
+    """
+    pairs, _ = found_pairs(traced_model(model, variables, example, apply_kwargs))
+    return {as_text(pair.layer): as_text(pair.norm) for pair in pairs}
+
+
+def traced_model(
+    model: Any, variables: Any, example: Any, apply_kwargs: Mapping[str, Any]
+) -> TracedModel:
+    """Return a Linen or NNX model, traced in evaluation mode."""
+    import flax.linen as nn
+    from flax import nnx
+
+    from jaxbn.inference._trace_linen import trace_linen
+    from jaxbn.inference._trace_nnx import trace_nnx
+
+    # What is checked on the example is rounded as its dtype tells, on every device.
+    with jax.default_matmul_precision("highest"):
+        if isinstance(model, nn.Module):
+            _checks.mapping("variables of a flax.linen.Module", variables)
+            plain = _linen_variables.plain_dicts(variables)
+            return trace_linen(model, plain, example, apply_kwargs)
+        if isinstance(model, nnx.Module):
+            return trace_nnx(model, variables, example, apply_kwargs)
+    raise TypeError(
+        f"model must be a flax.linen.Module or a flax.nnx.Module, got {type(model).__name__}."
+    )
+
+
+def check_example(example: Any) -> None:
+    """Reject an example without values, on which nothing can be checked."""
+    if example is None:
+        raise TypeError("example must be an input of model, got None.")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(example)):
+        raise TypeError(
+            "example must hold arrays, on which the folded layers are checked, got "
+            "jax.ShapeDtypeStruct."
+        )
