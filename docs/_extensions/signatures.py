@@ -16,6 +16,8 @@ _READABLE = (
     (re.compile(r"<class '([\w.]+)'>"), r"\1"),
     (re.compile(r"mappingproxy\((.*?)\)"), r"\1"),
 )
+# The private module of a public type.
+_PRIVATE_MODULE = re.compile(r"\bjaxbn(?:\.\w+)*\._\w+(?:\.\w+)*\.(?=\w)")
 
 
 class ArrayLike:
@@ -59,6 +61,12 @@ def describe_preset(
         lines[:] = [*comments["", name.rpartition(".")[2]], f"``{dict(obj)}``", ""]
 
 
+def drop_private_modules(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    lines[:] = [_PRIVATE_MODULE.sub("", line) if ":type:" in line else line for line in lines]
+
+
 def skip_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool:
     # The docstring of the class documents them, and their defaults come with other docstrings.
     is_default = callable(obj) and not obj.__module__.startswith("jaxbn.")
@@ -69,5 +77,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     name_jax_types()
     app.connect("autodoc-process-signature", readable_signature)
     app.connect("autodoc-process-docstring", describe_preset)
+    # After Napoleon, which writes the types of attributes.
+    app.connect("autodoc-process-docstring", drop_private_modules, priority=900)
     app.connect("autodoc-skip-member", skip_fields)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
