@@ -78,6 +78,12 @@ def share_compiled_programs(config):
         os.environ[name.upper()] = str(value)
 
 
+def pytest_collection_finish():
+    """Exempt what is imported by now from garbage collections, which would visit all of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():
     """Free what JAX keeps of a module's programs. Hardly any module runs those of another."""

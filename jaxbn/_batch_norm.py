@@ -10,8 +10,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _fusion
 from jaxbn._call import checked
+from jaxbn._complex import moments
 from jaxbn._ghost import in_groups
-from jaxbn._moments import keep_only_moments, moments
+from jaxbn._moments import keep_only_moments
 from jaxbn._options import Options
 from jaxbn._running import Estimator, State, update, variance
 
@@ -65,8 +66,9 @@ def batch_norm(
         scalar of at least 32 bits). With None, nothing is tracked, and the statistics of the
         batch are used in both modes.
       x: the input, of any floating dtype but float8_e8m0fnu (which has no zero) and float6, with
-        features on `axis`. A feature may deviate by up to 1e16 from its mean in float32, and from
-        zero in half precision, so that squares do not overflow.
+        features on `axis`. Complex inputs have a complex mean and a real variance, that of
+        `|x - mean|`; `scale` and `bias` may be real or complex. A feature may deviate by up to 1e16
+        from its mean in float32, and from zero in half precision, so that squares do not overflow.
       train: whether to use and to track the statistics of the batch; a Python bool.
       axis: the feature axis, or axes; every other axis is reduced.
       momentum: the weight of the old value, in [0, 1]; PyTorch's `momentum` is one minus it. With
@@ -87,7 +89,7 @@ def batch_norm(
       mask: booleans that broadcast against `x`, True where a value counts. Masked-out values affect
         nothing, and the output there is `bias`. A batch in which no value counts leaves the state
         unchanged.
-      dtype: the dtype of `y`, by default that of `x`.
+      dtype: the dtype of `y`, by default that of `x`; complex if `x`, `scale` or `bias` is.
       virtual_batch_size: normalizes each group of this many consecutive examples, along the first
         non-feature axis, with that group's own statistics (ghost batches). The last group is
         smaller if the number of examples is not a multiple. The state moves towards the mean of
@@ -151,24 +153,27 @@ def normalize_and_update(
     call = checked(params, state, x, train, options.axis, mask, dtype, options.virtual_batch_size)
     options.check_fit(call, state)
 
-    scale = call.feature(params.get("scale", 1))
-    bias = call.feature(params.get("bias", 0))
-    running = None if state is None else [call.feature(state[key]) for key in ("mean", "var")]
-    eps = jnp.asarray(options.epsilon, scale.dtype)
+    scale = call.feature(params.get("scale", 1), call.params_dtype)
+    bias = call.feature(params.get("bias", 0), call.params_dtype)
+    running = None
+    if state is not None:
+        mean = call.feature(state["mean"], call.mean_dtype)
+        running = mean, call.feature(state["var"], call.var_dtype)
+    eps = jnp.asarray(options.epsilon, call.var_dtype)
     # Devices share the statistics that normalize or, with ghost batches, those that are tracked.
     devices, no_devices = (options.axis_name, options.axis_index_groups), (None, None)
     sharing, averaging = (devices, no_devices) if call.ghosts is None else (no_devices, devices)
 
     @keep_only_moments
     def normalize_by_running(x, mask, scale, bias, mean, var):
-        wide = x.astype(scale.dtype)
+        wide = x.astype(mean.dtype)
         y = _normalize(wide, x.dtype, mask, scale, bias, mean, jnp.zeros_like(mean), var, eps)
         return y.astype(call.dtype)
 
     def normalize_by_batch(x, mask, scale, bias, running_mean, running_var):
         # Otherwise XLA for CPUs keeps and normalizes the wider values that `x` was rounded from.
         (x,) = _fusion.own_reading(x.dtype, x)
-        wide = x.astype(scale.dtype)
+        wide = x.astype(call.mean_dtype)
         batch = moments(wide, mask, running_mean, x.dtype, call.axes, *sharing)
         mean = lax.stop_gradient(batch.mean_high), batch.mean_low
         var = variance(batch, options.batch_variance)
@@ -195,11 +200,14 @@ def _normalize(x, input_dtype, mask, scale, bias, mean_high, mean_low, var, epsi
     With `r_and_d`, it is `scale ((x - mean) / sqrt(var + epsilon) r + d) + bias`. The slope and the
     offset are computed once per feature, so that the derivative takes two sums.
     """
+    std = jnp.sqrt(var + epsilon)
+    # For complex numbers only: `scale` has the dtype of the result.
+    x, mean_high, mean_low, std = (v.astype(scale.dtype) for v in (x, mean_high, mean_low, std))
     factor, shifted_bias = scale, bias
     if r_and_d is not None:
-        r, d = r_and_d
+        r, d = (value.astype(scale.dtype) for value in r_and_d)
         factor, shifted_bias = scale * r, bias + scale * d
-    slope = factor / jnp.sqrt(var + epsilon)
+    slope = factor / std
     offset = shifted_bias - mean_low * slope
     if mask is None:
         return _fusion.line(input_dtype, x, mean_high, slope, offset)

@@ -73,8 +73,8 @@ def batch_renorm(
       `y` and the new state, as `batch_norm` does.
 
     Raises:
-      ValueError, TypeError: as `batch_norm` does; or `state` is None; or `r_max` or `d_max` is out
-        of its range.
+      ValueError, TypeError: as `batch_norm` does; or `x` is complex; or `state` is None; or `r_max`
+        or `d_max` is out of its range.
 
     Example:
       >>> import jax, jaxbn
@@ -91,6 +91,7 @@ def batch_renorm(
     """
     _checks.renorm_limit("r_max", r_max, least=1)
     _checks.renorm_limit("d_max", d_max, least=0)
+    _checks.real("x", x)
     _checks.mapping("state", state, advice="; batch renormalization needs running statistics")
     options = Options(
         axis=axis,

@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxbn import _checks
+from jaxbn._complex import complex_like, is_complex
 
 
 def feature_axes(axis: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -30,10 +32,10 @@ def params(params: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None
         "params", params, optional=_checks.PARAMS, advice="; without scale and bias it is {}"
     )
     for key, leaf in params.items():
-        _leaf(f"params[{key!r}]", leaf, x_shape, axes)
+        _leaf(f"params[{key!r}]", leaf, x_shape, axes, jnp.inexact)
 
 
-def state(state: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+def state(state: Any, x: jax.Array, axes: tuple[int, ...]) -> None:
     if state is None:
         return
     _checks.mapping(
@@ -43,8 +45,12 @@ def state(state: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
         optional=("count",),
         advice="; without statistics it is None",
     )
-    _leaf("state['mean']", state["mean"], x_shape, axes)
-    _leaf("state['var']", state["var"], x_shape, axes)
+    _leaf("state['mean']", state["mean"], x.shape, axes, jnp.inexact)
+    _leaf("state['var']", state["var"], x.shape, axes)
+    if is_complex(state["mean"]) and not is_complex(x):
+        raise TypeError(
+            f"state['mean'] must be real where x is, got {state['mean'].dtype} for x of {x.dtype}."
+        )
     if "count" in state:
         _count(state["count"])
 
@@ -138,7 +144,26 @@ def virtual_batch_size(
     return axis, int(size)
 
 
-def _leaf(name: str, leaf: Any, x_shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+def dtype(dtype: DTypeLike | None, x: jax.Array, params: Mapping[str, jax.Array]) -> jnp.dtype:
+    """Return the dtype of the output, which is complex if the input or a parameter is."""
+    values = {"x": x, **{f"params[{name!r}]": leaf for name, leaf in params.items()}}
+    complex_ones = [name for name, value in values.items() if is_complex(value)]
+    if dtype is None:
+        is_widened = complex_ones and not is_complex(x)
+        return complex_like(jnp.complex64, x.dtype) if is_widened else x.dtype
+    result = _checks.inexact_dtype("dtype", dtype)
+    if complex_ones and not jnp.issubdtype(result, jnp.complexfloating):
+        raise TypeError(f"dtype must be complex if {complex_ones[0]} is, got {result}.")
+    return result
+
+
+def _leaf(
+    name: str,
+    leaf: Any,
+    x_shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    kind: type = jnp.floating,
+) -> None:
     wanted = _leaf_shapes(x_shape, axes)
     if np.shape(leaf) not in wanted:
         others = [a for a in range(len(x_shape)) if np.shape(leaf) in _leaf_shapes(x_shape, (a,))]
@@ -150,7 +175,7 @@ def _leaf(name: str, leaf: Any, x_shape: tuple[int, ...], axes: tuple[int, ...])
             f"features of x, which has shape {x_shape} with features on axis {plain(axes)}; got "
             f"{np.shape(leaf)}.{advice}"
         )
-    _checks.floating_leaf(name, leaf)
+    _checks.floating_leaf(name, leaf, kind)
 
 
 def _leaf_shapes(x_shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]]:

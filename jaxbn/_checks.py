@@ -23,6 +23,18 @@ _UNUSABLE = {
 
 
 def floating_array(name: str, value: ArrayLike) -> jax.Array:
+    real(name, value)
+    return inexact_array(name, value)
+
+
+def real(name: str, value: Any) -> None:
+    dtype = getattr(value, "dtype", None)
+    if isinstance(dtype, np.dtype) and dtype.kind == "c":
+        raise TypeError(f"{name} must be of a real floating dtype, got {dtype}.")
+
+
+def inexact_array(name: str, value: ArrayLike) -> jax.Array:
+    """Return an array of real or complex floating numbers."""
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         raise TypeError(
@@ -30,18 +42,13 @@ def floating_array(name: str, value: ArrayLike) -> jax.Array:
             f"{type(value).__name__}."
         )
     try:
-        is_floating = jnp.issubdtype(dtype, jnp.floating)
+        is_inexact = jnp.issubdtype(dtype, jnp.inexact)
     except TypeError:
         raise TypeError(
             f"{name} must be an array of NumPy or JAX, got a {type(value).__module__}."
             f"{type(value).__name__}."
         ) from None
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"{name} must be of a real floating dtype, got {dtype}: complex numbers are not "
-            f"supported."
-        )
-    if not is_floating:
+    if not is_inexact:
         raise TypeError(
             f"{name} must be of a floating dtype, got {dtype}; convert it, for instance with "
             f"{name}.astype(jnp.float32)."
@@ -52,23 +59,24 @@ def floating_array(name: str, value: ArrayLike) -> jax.Array:
     return jnp.asarray(value)
 
 
-def floating_leaf(name: str, leaf: Any) -> None:
-    """Check the dtype of a parameter or a statistic."""
+def floating_leaf(name: str, leaf: Any, kind: type = jnp.floating) -> None:
+    """Check the dtype of a parameter or a statistic, which for `jnp.inexact` may be complex."""
     dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    if dtype is None or not jnp.issubdtype(dtype, kind):
         got = type(leaf).__name__ if dtype is None else dtype
         raise TypeError(f"{name} must be an array of a floating dtype, got {got}.")
     _usable(name, dtype)
 
 
-def floating_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
+def inexact_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
+    """Return the dtype of real or complex floating numbers."""
     if isinstance(dtype, jax.Array | np.ndarray):
         raise TypeError(f"{name} must be a floating dtype, got an array of {dtype.dtype}.")
     try:
         result = jnp.dtype(dtype)
     except TypeError:
         raise TypeError(f"{name} must be a floating dtype, got {dtype!r}.") from None
-    if not jnp.issubdtype(result, jnp.floating):
+    if not jnp.issubdtype(result, jnp.inexact):
         raise TypeError(f"{name} must be a floating dtype, got {result}.")
     _usable(name, result)
     return result

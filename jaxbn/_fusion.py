@@ -80,6 +80,9 @@ def _summed_by_transpose(
     def plain(x, shift, slope, offset):
         return (x - shift) * slope + offset
 
+    if jnp.iscomplexobj(x):
+        return plain(x, shift, slope, offset)
+
     def with_own_readings(x, shift, slope, offset):
         own_x, own_shift = own_reading(input_dtype, x, shift)
         return plain(own_x, own_shift, slope, offset)

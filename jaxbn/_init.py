@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxbn import _call_checks, _checks
+from jaxbn._complex import complex_like
 from jaxbn._moments import statistics_dtype
 
 
@@ -28,6 +29,7 @@ def init(
       use_scale: whether the parameters hold a `scale`, ones.
       use_bias: whether the parameters hold a `bias`, zeros.
       param_dtype: the dtype of the parameters. The state has it too, or float32 if that is wider.
+        If it is complex, for complex inputs, the variance has the real dtype of its parts.
       keepdims: whether leaves have the shape that broadcasts against the input, such as
         (1, C, 1, 1), instead of (C,).
       track_count: whether the state counts training batches, which `momentum=None` needs.
@@ -48,8 +50,9 @@ def init(
     """
     shape = _checks.shape(shape)
     feature_axes = _call_checks.feature_axes(axis, shape)
-    param_dtype = _checks.floating_dtype("param_dtype", param_dtype)
-    state_dtype = statistics_dtype(param_dtype)
+    param_dtype = _checks.inexact_dtype("param_dtype", param_dtype)
+    var_dtype = statistics_dtype(param_dtype)
+    mean_dtype = complex_like(param_dtype, var_dtype)
     kept = range(len(shape)) if keepdims else feature_axes
     leaf = tuple(shape[a] if a in feature_axes else 1 for a in kept)
 
@@ -58,7 +61,7 @@ def init(
         params["scale"] = jnp.ones(leaf, param_dtype)
     if use_bias:
         params["bias"] = jnp.zeros(leaf, param_dtype)
-    state = {"mean": jnp.zeros(leaf, state_dtype), "var": jnp.ones(leaf, state_dtype)}
+    state = {"mean": jnp.zeros(leaf, mean_dtype), "var": jnp.ones(leaf, var_dtype)}
     if track_count:
         state["count"] = jnp.zeros((), jnp.int32)
     return params, state

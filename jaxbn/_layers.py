@@ -12,6 +12,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
 from jaxbn._batch_renorm import batch_renorm
+from jaxbn._complex import is_complex
+from jaxbn._moments import statistics_dtype
 from jaxbn._options import Options
 
 
@@ -27,8 +29,8 @@ def checked_options(layer: Any) -> dict[str, Any]:
     for name in ("use_bias", "use_scale", "frozen", "track"):
         _checks.python_bool(name, getattr(layer, name))
     if layer.dtype is not None:
-        _checks.floating_dtype("dtype", layer.dtype)
-    _checks.floating_dtype("param_dtype", layer.param_dtype)
+        _checks.inexact_dtype("dtype", layer.dtype)
+    _checks.inexact_dtype("param_dtype", layer.param_dtype)
     if (limits := _renorm_limits(layer)) is not None:
         _checks.renorm_limit("r_max", limits["r_max"], least=1)
         _checks.renorm_limit("d_max", limits["d_max"], least=0)
@@ -53,13 +55,14 @@ def _renorm_limits(layer: Any) -> dict[str, Any] | None:
 
 
 def floating_input(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
-    """Return `x` as Flax converts it: floating, and in float64 if `dtype` is."""
+    """Return `x` as Flax converts it: floating, and of 64-bit numbers if `dtype` is."""
     is_array = isinstance(x, jax.Array | np.ndarray)
     if is_array and (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_):
         x = jnp.asarray(x, jnp.float32)
-    x = _checks.floating_array("x", x)
-    is_wider = dtype is not None and jax.dtypes.canonicalize_dtype(dtype) == jnp.float64
-    return x.astype(jnp.float64) if is_wider else x
+    x = _checks.inexact_array("x", x)
+    if dtype is None or statistics_dtype(jax.dtypes.canonicalize_dtype(dtype)) != jnp.float64:
+        return x
+    return x.astype(jnp.complex128 if is_complex(x) else jnp.float64)
 
 
 def boolean_mask(mask: ArrayLike | Sequence[Any] | None) -> Any:

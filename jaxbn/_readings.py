@@ -12,8 +12,9 @@ from jaxbn import _fusion
 
 
 def statistics_dtype(*dtypes: DTypeLike) -> jnp.dtype:
-    """Return float64 if it is among the dtypes, and float32 otherwise, also for half precision."""
-    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
+    """Return float64 if a dtype is of 64-bit numbers, and float32 otherwise."""
+    is_wide = any(dtype in (jnp.float64, jnp.complex128) for dtype in dtypes)
+    return jnp.dtype(jnp.float64 if is_wide else jnp.float32)
 
 
 class Moments(NamedTuple):

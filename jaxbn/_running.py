@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxbn._complex import from_parts, is_complex, parts
 from jaxbn._moments import Moments, statistics_dtype
 
 Estimator = Literal["biased", "unbiased"]
@@ -41,13 +42,15 @@ def update(
     is left out, and if all are, the old value is kept.
     """
     fewest = 2 if running_variance == "unbiased" else 1
+    n_parts = 2 if is_complex(batches.mean) else 1
     sums = [
-        _sum_existing(batches.mean, batches.n >= 1),
+        *(_sum_existing(mean, batches.n >= 1) for mean in parts(batches.mean, n_parts)),
         _sum_existing(variance(batches, running_variance), batches.n >= fewest),
     ]
     if axis_name is not None:
         sums = lax.psum(jnp.asarray(sums), axis_name, axis_index_groups=axis_index_groups)
-    (mean, with_mean), (var, with_var) = sums
+    *means, (var, with_var) = sums
+    _, with_mean = means[0]
 
     new = {}
     if "count" in state:
@@ -61,7 +64,8 @@ def update(
         moved = weight_of_old * old + weight_of_batch * batch
         return jnp.where(n > 0, moved, old).reshape(running.shape)
 
-    new["mean"] = move(state["mean"], mean, with_mean)
+    old_means = parts(state["mean"], n_parts)
+    new["mean"] = from_parts([move(old, *mean) for old, mean in zip(old_means, means, strict=True)])
     new["var"] = move(state["var"], var, with_var)
     return _like(state, new)
 

@@ -161,12 +161,6 @@ class TestWhatRemainsDifferent:
             theirs(epsilon=0.0).apply(variables, X, True),
         )
 
-    def test_complex(self):
-        with pytest.raises(
-            TypeError, match=r"^x must be of a real floating dtype, got complex64: "
-        ):
-            ours().init(KEY, X.astype("complex64"), False)
-
     def test_mask_in_evaluation(self):
         mask = np.arange(8)[:, None] < 4
         variables = ours().init(KEY, X, False)

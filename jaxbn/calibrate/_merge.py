@@ -13,6 +13,7 @@ from jaxbn._running import Estimator
 from jaxbn.calibrate._statistics import (
     LayerPath,
     from_state,
+    in_64_bits,
     in_layer,
     leaf_indices,
     merge_statistics,
@@ -192,7 +193,7 @@ def _check_finite(
     layer: LayerPath, name: str, leaves: list[Any], counts: list[float], at_least: int
 ) -> None:
     for i, (leaf, count) in enumerate(zip(leaves, counts, strict=True)):
-        if count >= at_least and not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+        if count >= at_least and not np.all(np.isfinite(in_64_bits(leaf))):
             raise ValueError(
                 f"states[{i}] must be finite, as counts[{i}] is {count:.0f}, got NaN or infinity "
                 f"in {name!r}{in_layer(layer)}; the count of a shard without values is 0."

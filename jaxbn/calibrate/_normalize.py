@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 
 from jaxbn import _call_checks, _layers
 from jaxbn._batch_norm import batch_norm
-from jaxbn._moments import Moments, moments, statistics_dtype
+from jaxbn._complex import complex_like, moments
+from jaxbn._moments import Moments, statistics_dtype
 from jaxbn._running import variance
 from jaxbn.calibrate._observe import CallMoments
 
@@ -28,14 +29,14 @@ def normalize(
     """
     feature_axes = _call_checks.feature_axes(layer.axis, x.shape)
     mask = _call_checks.mask(_layers.boolean_mask(mask), x.shape)
-    wide = x.astype(statistics_dtype(x.dtype))
+    wide = x.astype(complex_like(x.dtype, statistics_dtype(x.dtype)))
     reduced_axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
     observed = moments(wide, mask, None, x.dtype, reduced_axes)
     shape = observed.mean.shape
     observed = Moments(*(jnp.broadcast_to(value, shape) for value in observed))
     used = observed
     if prescribed is not None:
-        given = Moments(*(jnp.asarray(v, wide.dtype).reshape(shape) for v in prescribed[:4]))
+        given = Moments(*(jnp.asarray(value).reshape(shape) for value in prescribed[:4]))
         used = Moments(
             *(jnp.where(given.n > 0, a, b) for a, b in zip(given, observed, strict=True))
         )

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxbn.calibrate._batches import join, split
 from jaxbn.calibrate._observe import CallMoments, ObservableModel, PerCall
-from jaxbn.calibrate._statistics import Statistics
+from jaxbn.calibrate._statistics import Statistics, in_64_bits
 
 
 class BatchObserver:
@@ -50,7 +50,7 @@ class BatchObserver:
 
 
 def _from_moments(observed: CallMoments) -> Statistics:
-    n, high, low, var = (np.asarray(value, np.float64) for value in observed[:4])
+    n, high, low, var = map(in_64_bits, observed[:4])
     return Statistics(n, high + low, var, np.asarray(observed.ddof))
 
 
@@ -63,12 +63,12 @@ def _to_moments(statistics: Statistics | None, shape: Any) -> CallMoments:
       statistics: the statistics of the call so far, or None.
       shape: shapes and dtypes of the result, a `CallMoments`.
     """
-    dtype = shape.var.dtype
     if statistics is None:
-        zeros = np.zeros(shape.var.shape, dtype)
-        return CallMoments(zeros, zeros, zeros, zeros, np.zeros(shape.ddof.shape, shape.ddof.dtype))
+        return CallMoments(*(np.zeros(field.shape, field.dtype) for field in shape))
     n, mean, var, ddof = statistics
     with np.errstate(over="ignore", invalid="ignore"):
-        high = mean.astype(dtype)
-        low = (mean - high).astype(dtype)
-        return CallMoments(n.astype(dtype), high, low, var.astype(dtype), ddof)
+        high = mean.astype(shape.mean_high.dtype)
+        fields = n, high, mean - high, var, ddof
+        return CallMoments(
+            *(value.astype(field.dtype) for value, field in zip(fields, shape, strict=True))
+        )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxbn._complex import complex_like, is_complex
 from jaxbn._trees import unboxed_path
 
 LayerPath = tuple[Any, ...]
@@ -14,6 +15,8 @@ LayerPath = tuple[Any, ...]
 
 class Statistics(NamedTuple):
     """Count, mean and biased variance of values, in float64 and the shape of the layer's `mean`.
+
+    The mean of complex values is in complex128.
 
     `ddof` is 1 if the layer tracks the unbiased variance, which divides by `n - 1`, and otherwise
     0. It is a scalar for each layer, so layers in a `scan` have an array of them.
@@ -32,7 +35,7 @@ def merge_statistics(a: Statistics, b: Statistics) -> Statistics:
     with np.errstate(all="ignore"):
         difference = b.mean - a.mean
         mean = a.mean + share * difference
-        var = (1 - share) * a.var + share * b.var + share * (1 - share) * difference**2
+        var = (1 - share) * a.var + share * b.var + share * (1 - share) * np.abs(difference) ** 2
     # Statistics of no values may be anything, even NaN.
     mean = np.where(b.n == 0, a.mean, np.where(a.n == 0, b.mean, mean))
     var = np.where(b.n == 0, a.var, np.where(a.n == 0, b.var, var))
@@ -41,7 +44,7 @@ def merge_statistics(a: Statistics, b: Statistics) -> Statistics:
 
 def from_state(n: float, mean: ArrayLike, var: ArrayLike, ddof: int) -> Statistics:
     """Return the statistics of `n` values whose mean and variance are those of a state."""
-    mean, var = np.asarray(mean, np.float64), np.asarray(var, np.float64)
+    mean, var = in_64_bits(mean), in_64_bits(var)
     biased = var * (n - ddof) / n if n > ddof else np.zeros_like(var)
     return Statistics(np.full(mean.shape, n), mean, biased, np.asarray(ddof))
 
@@ -57,12 +60,17 @@ def to_state(
     var = statistics.var * (n / np.maximum(n - ddof, 1))
 
     def new(old: ArrayLike, value: np.ndarray, exists: np.ndarray) -> jax.Array:
-        old_value, shape = np.asarray(old, np.float64), np.shape(old)
-        value = np.where(exists.reshape(shape), value.reshape(shape), old_value)
+        shape, dtype = np.shape(old), jnp.asarray(old).dtype
+        value = np.where(exists.reshape(shape), value.reshape(shape), in_64_bits(old))
         with np.errstate(over="ignore"):
-            return jnp.asarray(value, jnp.asarray(old).dtype)
+            return jnp.asarray(value, complex_like(value.dtype, dtype))
 
     return new(old_mean, statistics.mean, n > 0), new(old_var, var, n > ddof)
+
+
+def in_64_bits(value: ArrayLike) -> np.ndarray:
+    """Return real numbers in float64, and complex ones in complex128."""
+    return np.asarray(value, np.complex128 if is_complex(value) else np.float64)
 
 
 def leaf_indices(tree: Any) -> dict[LayerPath, dict[Any, int]]:

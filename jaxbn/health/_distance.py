@@ -20,6 +20,11 @@ class State(NamedTuple):
 
     @classmethod
     def of(cls, mean: Any, var: Any) -> "State":
+        if np.iscomplexobj(mean):
+            raise TypeError(
+                f"variables must have real running means: the health of batch norms of complex "
+                f"numbers cannot be checked, got a mean of {mean.dtype}."
+            )
         return cls(np.asarray(mean, np.float64), np.asarray(var, np.float64))
 
 

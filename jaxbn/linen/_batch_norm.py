@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _call_checks, _checks, _layers
 from jaxbn._batch_norm import batch_norm
+from jaxbn._complex import complex_like
 from jaxbn._init import init
 from jaxbn._running import Estimator
 
@@ -37,7 +38,7 @@ class BatchNorm(nn.Module):
     gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
     the mask in evaluation. A batch in which no value counts leaves the statistics unchanged, and no
     gradient flows into updated statistics. `epsilon=0` in training and a traced
-    `use_running_average` are rejected. Complex inputs are not supported.
+    `use_running_average` are rejected. The mean of complex inputs is complex from the start.
 
     As in Flax, initialization neither needs `axis_name` nor counts as a training step.
 
@@ -143,7 +144,12 @@ class BatchNorm(nn.Module):
         track_count = self.has_variable("batch_stats", "count") or (
             self.momentum is None and not has_statistics
         )
-        _, initial = init(features, range(len(features)), track_count=track_count)
+        _, initial = init(
+            features,
+            range(len(features)),
+            param_dtype=complex_like(x.dtype, jnp.float32),
+            track_count=track_count,
+        )
         stats = {
             name: self.variable("batch_stats", name, lambda leaf=leaf: leaf)
             for name, leaf in initial.items()

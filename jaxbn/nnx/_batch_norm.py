@@ -13,6 +13,7 @@ from flax.typing import Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn import _call_checks, _checks, _layers
+from jaxbn._complex import is_complex
 from jaxbn._init import init
 from jaxbn._running import Estimator
 
@@ -29,7 +30,8 @@ class BatchNorm(nnx.Module):
     gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
     the mask in evaluation. A batch in which no value counts leaves the statistics unchanged, and no
     gradient flows into updated statistics. `epsilon=0` in training and a traced
-    `use_running_average` are rejected. Complex inputs are not supported.
+    `use_running_average` are rejected. The running mean of complex inputs becomes complex; Flax's
+    layer drops its imaginary part.
 
     Attributes:
       num_features: the size of the feature axis, or the sizes of several, in the input's order.
@@ -142,7 +144,8 @@ class BatchNorm(nnx.Module):
         _, initial = init(
             features,
             range(len(features)),
-            param_dtype=param_dtype,
+            # The mean becomes complex with the first complex batch.
+            param_dtype=jnp.finfo(param_dtype).dtype,
             track_count=momentum is None,
         )
         self.mean = nnx.BatchStat(initial["mean"])
@@ -264,6 +267,9 @@ def _unless_narrower(new: Any, old: Any) -> Any:
     """Return `new`, or `old` if `new` has less precision, as only the result is to be rounded."""
     if old is None:
         return new
+    if is_complex(new) and not is_complex(old):
+        # All arrays were promoted to one dtype, but a variance is real.
+        new = jnp.real(new)
     # Nothing is promoted here, so that JAX's strict promotion does not object.
     with jax.numpy_dtype_promotion("standard"):
         return new if jnp.promote_types(new.dtype, old.dtype) == new.dtype else old
