@@ -32,12 +32,13 @@ def of_classes(photographs: Sequence[str], theirs: np.ndarray, ours: np.ndarray)
 
 
 def of_accuracy(report: AccuracyReport) -> Table:
-    """Return a table of the largest errors in each stage, and of where the worst are."""
+    """Return a table of the largest errors in each stage, and of those of the logits."""
     columns = ["", "float64\ndifference", "float32 error\nof PyTorch", "float32 error\nof jaxbn"]
     table = _table("Differences and errors, relative to the largest value of each array", columns)
-    for stage, row in report.largest().items():
+    logits = {f"logits, {row.stage}": row for row in report.rows if row.name == "(output)"}
+    for name, row in {**report.largest(), **logits}.items():
         numbers = row.difference, row.reference_error, row.candidate_error
-        table.add_row(stage, *(f"{number:.0e}" for number in numbers))
+        table.add_row(name, *(f"{number:.1e}" for number in numbers))
     table.caption = "errors: of each framework, against its own results in float64"
     return table
 
