@@ -227,7 +227,8 @@ def test_transforms():
         ({"r_max": "3"}, ValueError, "r_max must be a number of at least 1, got '3'."),
         ({"r_max": float("nan")}, ValueError, "r_max must be a number of at least 1, got nan."),
         ({"d_max": -1}, ValueError, "d_max must be a number of at least 0, got -1."),
-        ({"d_max": None}, ValueError, "d_max must be a number of at least 0, got None."),
+        ({"d_max": None}, ValueError, "d_max must be a number of at least 0, got None. Batch "
+         "renormalization needs both r_max and d_max."),
         ({"state": None}, TypeError, "state must be a mapping, got NoneType; batch renormalization "
          "needs running statistics."),
         ({"momentum": 2}, ValueError, "momentum must be None or lie in [0, 1], got 2. It is the "

@@ -122,16 +122,31 @@ def test_override_sets_the_limits_of_any_nnx_layer(norm):
     assert_equal((layer(X), stats(layer)), (wanted, new))
 
 
-def test_override_needs_both_limits():
-    layer = jaxbn.linen.BatchNorm(use_running_average=False)
-    apply = jaxbn.linen.override(layer.apply, {"**": {"r_max": 2.0}})
-    with raises(ValueError, "d_max must be a number of at least 0, got None."):
-        apply(variables(), X, mutable=["batch_stats"])
+BOTH = " Batch renormalization needs both r_max and d_max."
+
+
+@pytest.mark.parametrize(
+    ("limit", "text"),
+    [
+        ({"r_max": 2.0}, "d_max must be a number of at least 0, got None." + BOTH),
+        ({"d_max": 5.0}, "r_max must be a number of at least 1, got None." + BOTH),
+    ],
+)
+def test_override_needs_both_limits(limit, text):
+    for norm in (jaxbn.linen.BatchNorm, nn.BatchNorm):
+        apply = jaxbn.linen.override(norm(use_running_average=False).apply, {"**": limit})
+        with raises(ValueError, text):
+            apply(variables(), X, mutable=["batch_stats"])
+    for norm in (jaxbn.nnx.BatchNorm, nnx.BatchNorm):
+        with raises(ValueError, text):
+            jaxbn.nnx.override(norm(3, rngs=nnx.Rngs(0)), {"**": limit})
 
 
 @pytest.mark.parametrize(
     ("limits", "text"),
     [
+        ({"r_max": None}, "r_max must be a number of at least 1, got None." + BOTH),
+        ({"d_max": None}, "d_max must be a number of at least 0, got None." + BOTH),
         ({"r_max": 0.9}, "r_max must be a number of at least 1, got 0.9."),
         ({"d_max": -1.0}, "d_max must be a number of at least 0, got -1.0."),
     ],
