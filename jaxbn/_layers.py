@@ -50,7 +50,7 @@ def _renorm_limits(layer: Any) -> dict[str, Any] | None:
     names = ("r_max", "d_max")
     if not any(hasattr(layer, name) for name in names):
         return None
-    limits = {name: getattr(layer, name, None) for name in names}
+    limits: dict[str, Any] = {name: getattr(layer, name, None) for name in names}
     return {k: v.get_value() if hasattr(v, "get_value") else v for k, v in limits.items()}
 
 
