@@ -51,7 +51,7 @@ def run(
     shape = (len(networks), len(METHODS), len(sizes), seeds)
     accuracies = np.empty(shape)
     for which in track(list(np.ndindex(shape)), "networks"):
-        network, method, size, seed = which
+        network, method, size, seed = map(int, which)
         accuracies[which] = accuracy(
             NETWORKS[networks[network]], METHODS[method], sizes[size], seed, epochs
         )
