@@ -34,9 +34,9 @@ def batch_renorm(
     dtype: DTypeLike | None = None,
     virtual_batch_size: int | None = None,
 ) -> tuple[jax.Array, StateT]:
-    r"""Normalize a batch, in training nearly as in evaluation, and return it with the new state.
+    r"""Normalize a batch by batch renormalization, and return it with the new state.
 
-    With the standard deviation :math:`s = \sqrt{\sigma^2 + \epsilon}`, in training
+    It makes training close to evaluation. With the standard deviation :math:`s = \sqrt{\sigma^2 + \epsilon}`, in training
 
     .. math::
 
