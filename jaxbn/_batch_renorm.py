@@ -36,7 +36,8 @@ def batch_renorm(
 ) -> tuple[jax.Array, StateT]:
     r"""Normalize a batch by batch renormalization, and return it with the new state.
 
-    It makes training close to evaluation. With the standard deviation :math:`s = \sqrt{\sigma^2 + \epsilon}`, in training
+    It makes training close to evaluation. With the standard deviation
+    :math:`s = \sqrt{\sigma^2 + \epsilon}`, in training
 
     .. math::
 
