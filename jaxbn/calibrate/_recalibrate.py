@@ -85,8 +85,8 @@ def recalibrate(
       ValueError: `batches` is empty or holds no values; the model calls no batch norm that is not
         frozen; there is one value per feature, which has no unbiased variance; statistics are not
         finite; a batch norm is in a loop that carries its statistics. With
-        `processes="together"`: parameters differ between processes, or arrays are divided among
-        them.
+        `processes="together"`: parameters differ between processes, or running statistics that are
+        kept do, or arrays are divided among processes.
       RuntimeError: the call failed in another process. The text says where and why.
 
     Example:

@@ -39,12 +39,16 @@ def recalibrate_together(
 
     def finish() -> tuple[Message, Tree]:
         old = observed.statistics
-        return Message(), observed.replace_statistics(shared_like(old, replaced(old, calls)))
+        new = replaced(old, calls)
+        return Message(digest=_digest(new)), observed.replace_statistics(shared_like(old, new))
 
     messages, (observed, own_batches) = _in_all(prepare)
-    _check_digests(messages)
+    _check_digests(messages, "parameters")
     calls, _ = exact_statistics(observed, own_batches, gather)
-    return _in_all(finish)[1]
+    messages, new_variables = _in_all(finish)
+    # Those that are replaced may differ before, as they do without a mapped axis in training.
+    _check_digests(messages, "running statistics where they are kept")
+    return new_variables
 
 
 def _in_all(step: Callable[[], tuple[Message, T]]) -> tuple[list[Message], T]:
@@ -90,12 +94,12 @@ def _digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def _check_digests(messages: list[Message]) -> None:
+def _check_digests(messages: list[Message], what: str) -> None:
     first = messages[0]
     for message in messages:
         if message.digest != first.digest:
             raise ValueError(
-                f"variables must have the same parameters in all processes, got others in process "
+                f"variables must have the same {what} in all processes, got others in process "
                 f"{message.process} than in process {first.process}: give all those of one, with "
                 f"jax.experimental.multihost_utils.broadcast_one_to_all(variables)."
             )
