@@ -54,6 +54,8 @@ def errors(mesh, is_last):
     yield error("second pass", run, variables, Failing(batches, in_pass=2 if is_last else None))
     yield error("exhausted", run, variables, Once(batches) if is_last else batches)
     yield error("parameters", run, chain(key=int(is_last))[1], batches)
+    yield error("passes", run, variables, batches, passes=1 if is_last else None)
+    yield error("progress", run, variables, batches, progress=failing if is_last else False)
     no_statistics = {"params": variables["params"]}
     yield error("no statistics", run, no_statistics if is_last else variables, batches)
     for name, (model, variables), batch in kept_statistics():
@@ -63,6 +65,10 @@ def errors(mesh, is_last):
     yield error("shared batches in together", together, layer, variables, [rows])
     divided = jax.tree.map(lambda leaf: global_array(leaf, mesh, P("data")), variables)
     yield error("divided variables", together, layer, divided, [data(shape=(40, 16))])
+
+
+def failing(*event):
+    raise OSError("the terminal is gone")
 
 
 class Failing:

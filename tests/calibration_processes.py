@@ -101,6 +101,11 @@ CASES = {
         {"train": True},
         "float64",
     ),
+    "one pass": Case(
+        chain,
+        (cut(data()[:70], [32, 32, 6]), [data()[70:]]),
+        {"train": True, "passes": 1, "running_variance": "biased"},
+    ),
     "nnx": Case(listed, (cut(data(), [50, 51]), [data()[:9]]), {}),
 }
 

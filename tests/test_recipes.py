@@ -202,6 +202,35 @@ class TestSecondPasses:
         assert_equal(updates, wanted_updates)
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_averaged_statistics_exceed_the_exact_ones_by_the_variance_of_the_weights():
+    rng = np.random.default_rng(1)
+    # The weights after each of six steps.
+    x, kernels = rng.normal(2, 3, (N, 3)), rng.normal(size=(6, 3, FEATURES))
+    params, state, _ = problem()
+
+    def statistics(kernel):
+        options = {"momentum": 0.0, "running_variance": "biased"}
+        return jaxbn.batch_norm(params, state, jnp.asarray(x @ kernel), True, **options)[1]
+
+    ema = optax.ema(0.7)
+    ema_state = ema.init({"kernel": jnp.asarray(kernels[0]), **statistics(kernels[0])})
+    averaged = {}
+    for kernel in kernels:
+        variables = {"kernel": jnp.asarray(kernel), **statistics(kernel)}
+        averaged, ema_state = ema.update(variables, ema_state)
+    share = 0.7 ** np.arange(5, -1, -1)
+    share /= share.sum()
+    mean_kernel = np.tensordot(share, kernels, 1)
+    assert_close(averaged["kernel"], mean_kernel, TOLERANCE)
+
+    exact = statistics(mean_kernel)
+    assert_close(averaged["mean"], exact["mean"], TOLERANCE)
+    excess = share @ (x @ (kernels - mean_kernel)).var(1)
+    assert_close(averaged["var"], exact["var"] + excess, TOLERANCE)
+    assert np.all(excess > 0.1 * exact["var"])
+
+
 def test_merged_states_of_clients_are_those_of_all_data():
     _, _, x = problem()
     clients = [x[0, :5], x[1], x[2, :1].repeat(2, 0)]

@@ -1,6 +1,7 @@
 """Arrays of several processes, and the copies of them that one process computes with."""
 
 from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import Any, TypeVar
 
 import jax
@@ -49,6 +50,9 @@ class LocalBatches:
 
     def __init__(self, batches: Iterable[Any]):
         self.batches = batches
+
+    def __length_hint__(self) -> int:
+        return length_hint(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:

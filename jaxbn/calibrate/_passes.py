@@ -1,7 +1,8 @@
 """Pass over batches until every batch norm normalizes with exact statistics."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial, reduce
+from functools import reduce
+from operator import length_hint
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxbn.calibrate._observe import ObservableModel, PerCall
 from jaxbn.calibrate._observe_batch import BatchObserver
+from jaxbn.calibrate._progress import Report, ignore
 from jaxbn.calibrate._statistics import Statistics, merge_statistics
 
 # Statistics of a part of the data, and the function that gathers those of all parts.
@@ -44,12 +46,21 @@ class NothingToObserve(ValueError):
 
 
 def exact_statistics(
-    model: ObservableModel, batches: Iterable[Any], gather: Gather = of_this_process
+    model: ObservableModel,
+    batches: Iterable[Any],
+    gather: Gather = of_this_process,
+    *,
+    most_passes: int | None = None,
+    report: Report = ignore,
 ) -> tuple[PerCall[Statistics], BatchObserver]:
     """Return the statistics of each call in one training step on all batches as one batch.
 
     Each call normalizes with its statistics over all batches. Each pass makes those of one more
-    layer exact: its input depends on the statistics of the layers before it.
+    layer exact: its input depends on the statistics of the layers before it. In the first pass,
+    each call normalizes with its statistics over the current batch. They differ from those of all
+    batches, but for batches of n random values the differences average out over the batches, to
+    first order, and what remains falls like 1 / n. Statistics over all batches so far would be
+    closer in each batch, but the differences of the first batches would remain.
 
     Args:
       model: the model. If any of its layers runs in training mode, only such layers are observed.
@@ -57,42 +68,67 @@ def exact_statistics(
       gather: takes a function, and returns what it returns in each process that has a part of the
         data. It is called once for each pass. Everything else depends only on what it returns, so
         that all processes do the same.
+      most_passes: the number of passes after which to stop, although later layers are not exact.
+      report: called after each batch.
 
     Returns:
       The statistics, and the function that observed them.
     """
     batches = _Restarting(batches)
-    observe, known = _first_pass(model, batches, gather)
+
+    def passes(known: PerCall[Statistics]) -> int:
+        """Return the number of passes, which is known once each layer has been called."""
+        layers = sum(call.ddof.size for calls in known.values() for call in calls)
+        return layers if most_passes is None else min(layers, most_passes)
+
+    def report_first(known: PerCall[Statistics]) -> None:
+        report(1, max(passes(known), 1), batches.read, batches.count)
+
+    observe, known = _first_pass(model, batches, gather, report_first)
+    number = 1
 
     def next_part() -> Part:
-        return (reduce(_merge_calls, map(partial(observe, known), batches), {}),)
+        merged: PerCall[Statistics] = {}
+        for batch in batches:
+            merged = _merge_calls(merged, observe(known, batch))
+            report(number, passes(known), batches.read, batches.count)
+        return (merged,)
 
-    passes = 1
-    while passes < sum(call.ddof.size for calls in known.values() for call in calls):
+    while number < passes(known):
+        number += 1
         before, (known,) = known, _merge_parts(gather(next_part))
-        passes += 1
         if _equal(known, before):
             break
     return known, observe
 
 
 class _Restarting:
-    """Batches that are iterated over several times, and have to start again each time."""
+    """Batches that are iterated over several times, and have to start again each time.
+
+    Attributes:
+      read: the number of batches that this iteration has yielded.
+      count: the number of batches, or None while it is not known.
+    """
 
     def __init__(self, batches: Iterable[Any]):
-        self.batches, self.has_any = batches, False
+        self.batches, self.read = batches, 0
+        self.count = length_hint(batches) or None
 
     def __iter__(self) -> Iterator[Any]:
-        is_exhausted = self.has_any
+        before, self.read = self.read, 0
         for batch in self.batches:
-            self.has_any, is_exhausted = True, False
+            self.read += 1
             yield batch
-        if is_exhausted:
+        if before and not self.read:
             raise exhausted()
+        self.count = self.read
 
 
 def _first_pass(
-    model: ObservableModel, batches: _Restarting, gather: Gather
+    model: ObservableModel,
+    batches: _Restarting,
+    gather: Gather,
+    report: Callable[[PerCall[Statistics]], None],
 ) -> tuple[BatchObserver, PerCall[Statistics]]:
     """Observe the calls in training mode, or all calls if none is in training mode."""
     observe_training, observe_all = BatchObserver(model, False), BatchObserver(model, True)
@@ -104,7 +140,8 @@ def _first_pass(
             in_training = _merge_calls(in_training, observe_training({}, batch))
             if not in_training:
                 in_all_modes = _merge_calls(in_all_modes, observe_all({}, batch))
-        return (in_training, in_all_modes) if batches.has_any else ()
+            report(in_training or in_all_modes)
+        return (in_training, in_all_modes) if batches.read else ()
 
     parts = [part for part in gather(first_part) if part]
     if not parts:

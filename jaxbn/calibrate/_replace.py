@@ -6,6 +6,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from jaxbn._running import Estimator
 from jaxbn.calibrate._observe import PerCall
 from jaxbn.calibrate._statistics import (
     Statistics,
@@ -18,8 +19,22 @@ from jaxbn.calibrate._statistics import (
 Tree = TypeVar("Tree")
 
 
-def replaced(statistics: Tree, calls: PerCall[Statistics]) -> Tree:
-    """Return the tree of running statistics with those of the calls, merged for each layer."""
+def replaced(
+    statistics: Tree, calls: PerCall[Statistics], running_variance: Estimator | None = None
+) -> Tree:
+    """Return the tree of running statistics with those of the calls, merged for each layer.
+
+    Args:
+      statistics: the old running statistics.
+      calls: the statistics of each call.
+      running_variance: the estimator of all variances, or None for that of each layer.
+    """
+    if running_variance is not None:
+        ddof = int(running_variance == "unbiased")
+        calls = {
+            layer: tuple(call._replace(ddof=np.full_like(call.ddof, ddof)) for call in of_layer)
+            for layer, of_layer in calls.items()
+        }
     leaves, structure = jax.tree.flatten(statistics)
     indices = leaf_indices(statistics)
     merged = {layer: reduce(merge_statistics, of_layer) for layer, of_layer in calls.items()}

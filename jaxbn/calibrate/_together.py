@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -11,7 +12,9 @@ from jaxbn.calibrate._exchange import Message, encode, exchange
 from jaxbn.calibrate._global_arrays import LocalBatches, local_copies, shared_like
 from jaxbn.calibrate._observable import observable
 from jaxbn.calibrate._observe import ObservableModel
+from jaxbn.calibrate._options import Options
 from jaxbn.calibrate._passes import Part, exact_statistics, repeatable
+from jaxbn.calibrate._progress import reporting
 from jaxbn.calibrate._replace import replaced
 
 T = TypeVar("T")
@@ -19,7 +22,11 @@ Tree = TypeVar("Tree")
 
 
 def recalibrate_together(
-    model: Any, variables: Tree, batches: Iterable[Any], apply_kwargs: Mapping[str, Any]
+    model: Any,
+    variables: Tree,
+    batches: Iterable[Any],
+    apply_kwargs: Mapping[str, Any],
+    options: Options,
 ) -> Tree:
     """Return what `recalibrate` returns for the batches of all processes.
 
@@ -27,11 +34,12 @@ def recalibrate_together(
     processes have received, so they stay in step.
     """
 
-    def prepare() -> tuple[Message, tuple[ObservableModel, Iterable[Any]]]:
+    def prepare() -> tuple[Message, tuple[ObservableModel, Iterable[Any], AbstractContextManager]]:
         observed = observable(model, variables, apply_kwargs)
         observed = observed._replace(variables=local_copies(observed.variables))
         digest = _digest(_parameters(observed.variables))
-        return Message(digest=digest), (observed, LocalBatches(repeatable(batches)))
+        own_batches = LocalBatches(repeatable(batches))
+        return Message(digest=digest), (observed, own_batches, reporting(options.progress))
 
     def gather(step: Callable[[], Part]) -> list[Part]:
         messages, _ = _in_all(lambda: (Message(step()), None))
@@ -39,12 +47,17 @@ def recalibrate_together(
 
     def finish() -> tuple[Message, Tree]:
         old = observed.statistics
-        new = replaced(old, calls)
+        new = replaced(old, calls, options.running_variance)
         return Message(digest=_digest(new)), observed.replace_statistics(shared_like(old, new))
 
-    messages, (observed, own_batches) = _in_all(prepare)
+    messages, (observed, own_batches, shown) = _in_all(prepare)
     _check_digests(messages, "parameters")
-    calls, _ = exact_statistics(observed, own_batches, gather)
+    messages, _ = _in_all(lambda: (Message(digest=str(options.passes)), None))
+    _check_passes(messages)
+    with shown as report:
+        calls, _ = exact_statistics(
+            observed, own_batches, gather, most_passes=options.passes, report=report
+        )
     messages, new_variables = _in_all(finish)
     # Those that are replaced may differ before, as they do without a mapped axis in training.
     _check_digests(messages, "running statistics where they are kept")
@@ -92,6 +105,17 @@ def _digest(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape} ".encode())
         digest.update(value.tobytes())
     return digest.hexdigest()
+
+
+def _check_passes(messages: list[Message]) -> None:
+    """Check `passes`, since otherwise a process would wait for others that have finished."""
+    first = messages[0]
+    for message in messages:
+        if message.digest != first.digest:
+            raise ValueError(
+                f"passes must be the same in all processes, got {message.digest} in process "
+                f"{message.process} and {first.digest} in process {first.process}."
+            )
 
 
 def _check_digests(messages: list[Message], what: str) -> None:
