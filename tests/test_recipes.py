@@ -1,5 +1,7 @@
 """The identities of docs/recipes.md, in float64, with the functions that the page defines."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,7 +217,7 @@ def test_averaged_statistics_exceed_the_exact_ones_by_the_variance_of_the_weight
 
     ema = optax.ema(0.7)
     ema_state = ema.init({"kernel": jnp.asarray(kernels[0]), **statistics(kernels[0])})
-    averaged = {}
+    averaged: Any = {}
     for kernel in kernels:
         variables = {"kernel": jnp.asarray(kernel), **statistics(kernel)}
         averaged, ema_state = ema.update(variables, ema_state)
