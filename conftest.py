@@ -17,6 +17,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 HAIKU = "Haiku promotes the count of its moving averages."
 FLAX = "Flax promotes inputs of other dtypes than the parameters'."
+KERAS = "Keras adds a bias of shape (C,) to a batch."
 OPTAX = "Optax promotes the count of its steps."
 EXAMPLES = "The examples train with Optax, and take inputs of other dtypes than the parameters'."
 # Modules, of tests or of doctests, in which a framework promotes, and what it promotes.
@@ -27,6 +28,8 @@ PROMOTING = {
     "test_load_torch": FLAX,
     **dict.fromkeys(("test_fold_nnx", "test_fold_traced"), FLAX),
     **dict.fromkeys(("_fold", "test_fold"), "Users add a bias of shape (C,) to a batch."),
+    **dict.fromkeys(("accuracy", "test_compare_accuracy"), FLAX),
+    "test_compare_models_frameworks": KERAS,
     "test_decay_mask": OPTAX,
     **dict.fromkeys(("test_data_parallel", "test_digits", "test_digits_teaching"), EXAMPLES),
     **dict.fromkeys(("test_digits_storage", "test_data_parallel_runs"), EXAMPLES),

@@ -25,7 +25,7 @@ def test_the_torch_model_is_not_changed(theirs):
     theirs.train()
     theirs.bn1.eval()
     before = copy.deepcopy(theirs.state_dict())
-    compare_models((net(), variables_of(theirs)), theirs, NAMES, images())
+    compare_models((net(), variables_of(theirs)), theirs, images(), NAMES)
     assert theirs.training and not theirs.bn1.training
     assert all(parameter.grad is None for parameter in theirs.parameters())
     assert all(not module._forward_hooks for module in theirs.modules())
@@ -49,7 +49,7 @@ def test_one_dimensional_convolutions():
         }
     }
     x = np.random.default_rng(0).normal(size=(3, 7, 2)).astype(np.float32)
-    report = compare_models((Conv(), variables), theirs, {"conv": "0"}, x, channels_first=[3])
+    report = compare_models((Conv(), variables), theirs, x, {"conv": "0"}, channels_first=[3])
     assert report.ok, str(report)
 
 
@@ -64,8 +64,8 @@ def test_tokens_have_no_gradient():
     report = compare_models(
         (Embed(), variables),
         theirs,
-        {"embed": "0"},
         np.array([[0, 1], [4, 2]]),
+        {"embed": "0"},
         evaluation={"deterministic": True},
         training={"deterministic": False},
     )
@@ -83,24 +83,24 @@ def test_tokens_have_no_gradient():
         ),
         (
             {"bn1": "norm"},
-            "names has ['norm'], which the PyTorch model does not have; it has "
+            "names has ['norm'], which PyTorch does not have; it has "
             "['block', 'block.bn', 'block.conv', 'block.relu', 'bn1', 'conv1', 'head'].",
         ),
     ],
 )
 def test_unknown_names(theirs, names, message):
     with raises(ValueError, message):
-        compare_models((net(), variables_of(theirs)), theirs, names, images())
+        compare_models((net(), variables_of(theirs)), theirs, images(), names)
 
 
 def test_no_names(theirs):
     with raises(
         ValueError,
         "names is empty, so no intermediate and no running statistics would be compared; give at "
-        "least one pair of a path in Flax and a name in PyTorch, such as "
-        "{'block/bn': 'block.bn'}.",
+        "least one pair of a name in each network, such as {'block/bn': 'block.bn'}, or leave "
+        "names out.",
     ):
-        compare_models((net(), variables_of(theirs)), theirs, {}, images())
+        compare_models((net(), variables_of(theirs)), theirs, images(), {})
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_statistics_that_are_not_compared_are_noted(theirs, names, notes):
     # Without a ReLU in either, the output of a block is that of its norm.
     model = net(norm2={"momentum": 0.5}, relu=False)
     theirs.block.relu = torch.nn.Identity()
-    report = compare_models((model, variables_of(theirs)), theirs, names, images())
+    report = compare_models((model, variables_of(theirs)), theirs, images(), names)
     assert report.notes == notes
     assert all(f"({note})" in str(report) for note in notes)
     # The different momentum is noticed only if the statistics are compared.
@@ -141,7 +141,7 @@ def test_gradients_are_compared_if_torch_has_them_turned_off(mode, made_there, t
     with getattr(torch, mode)():
         other = torch_net() if made_there else theirs
         model = net().bind(variables_of(other))
-        report = compare_models(model, other, NAMES, images(), rtol=1e-10)
+        report = compare_models(model, other, images(), NAMES, rtol=1e-10)
     assert report.ok, str(report)
     assert [row.name for row in report.rows if row.stage == "training backward"] == [
         *reversed(NAMES),
@@ -159,7 +159,7 @@ def test_a_module_that_is_called_twice():
     x = np.ones((3, 2), np.float32)
     variables = Twice().init(jax.random.key(0), x, train=True)
     with pytest.raises(ValueError, match=r"calls in Flax: \{'dense': 2\}"):
-        compare_models((Twice(), variables), torch.nn.Linear(2, 2), {"dense": ""}, x)
+        compare_models((Twice(), variables), torch.nn.Linear(2, 2), x, {"dense": ""})
 
 
 def test_an_output_that_is_not_a_single_array():
@@ -173,16 +173,16 @@ def test_an_output_that_is_not_a_single_array():
     with raises(
         TypeError, "only single arrays can be compared; in Flax, (output) returns a tuple."
     ):
-        compare_models((Pair(), variables), torch.nn.Linear(2, 2), {"dense": ""}, x)
+        compare_models((Pair(), variables), torch.nn.Linear(2, 2), x, {"dense": ""})
 
 
 def test_a_module_without_variables(theirs):
     with raises(
         TypeError,
-        "flax_model must be a bound Linen module, model.bind(variables), or the pair (model, "
+        "candidate must be a bound Linen module, model.bind(variables), or the pair (model, "
         "variables); got a Net without variables.",
     ):
-        compare_models(net(), theirs, NAMES, images())
+        compare_models(net(), theirs, images(), NAMES)
 
 
 def test_the_tools_need_neither_flax_nor_torch_to_be_imported():
@@ -192,3 +192,38 @@ def test_the_tools_need_neither_flax_nor_torch_to_be_imported():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "compare_models\n"
+
+
+NCHW = (
+    "x has shape (4, 3, 5, 5), with channels on axis 1, but must have them last, as Flax does: "
+    "conv1 in {} takes 3 channels. Pass x.transpose(0, 2, 3, 1)."
+)
+
+
+def test_channels_first(theirs):
+    ours, x = (net(), variables_of(theirs)), images().transpose(0, 3, 1, 2)
+    for names in (None, NAMES):
+        with raises(ValueError, NCHW.format("Flax")):
+            compare_models(ours, theirs, x, names)
+    with raises(ValueError, NCHW.format("PyTorch")):
+        compare_models(theirs, ours, x)
+
+
+def test_dtypes_that_differ(theirs):
+    ours = (net(), variables_of(theirs))
+    with raises(
+        ValueError,
+        "the parameters in PyTorch are float64, but x is float32: pass x.astype('float64'), or "
+        "convert the model to float32.",
+    ):
+        compare_models(ours, theirs, images(np.float32))
+    with (
+        jax.enable_x64(False),
+        raises(
+            ValueError,
+            "the parameters in PyTorch are float64, but x is float32, since JAX's 64-bit types are "
+            "off: call jax.config.update('jax_enable_x64', True) first, or compare in float32 with "
+            "model.float().",
+        ),
+    ):
+        compare_models(ours, theirs, images())

@@ -25,9 +25,10 @@ NAMES = {
     "linen": ["BatchNorm", "BatchRenorm", "override"],
     "nnx": ["BatchNorm", "BatchRenorm", "override"],
     "parity": [
-        *("ConventionError", "DifferentiableLayer", "Layer", "Report", "assert_parity"),
-        *("batch_norm_layer", "compare", "compare_models", "equinox_layer", "haiku_layer"),
-        *("identify", "keras_layer", "linen_layer", "nnx_layer", "torch_layer"),
+        *("AccuracyReport", "ConventionError", "DifferentiableLayer", "Layer", "Report"),
+        *("assert_parity", "batch_norm_layer", "compare", "compare_accuracy", "compare_models"),
+        *("equinox_layer", "haiku_layer", "identify", "keras_layer", "linen_layer"),
+        *("match_names", "nnx_layer", "torch_layer"),
     ],
 }
 

@@ -2,13 +2,14 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-# A longer table shows only the rows that differ.
+# A longer table shows only the rows that differ or, if none does, the largest of each stage.
 _MAX_ROWS = 60
 
 
@@ -61,6 +62,10 @@ class Report:
         """Whether every row is within `rtol`."""
         return self.first_difference is None
 
+    def worst(self, n: int) -> tuple[Row, ...]:
+        """Return the `n` rows with the largest relative errors, the largest first."""
+        return tuple(sorted(self.rows, key=lambda row: -row.relative)[:n])
+
     def raise_if_different(self) -> None:
         """Raise an `AssertionError` with the whole report, unless every row is within `rtol`."""
         if not self.ok:
@@ -105,19 +110,38 @@ class Report:
         return not row.relative <= self.rtol
 
     def _table(self) -> list[str]:
-        rows = [row for row in self.rows if len(self.rows) <= _MAX_ROWS or self._beyond(row)]
+        rows, title = self.rows, []
+        if len(rows) > _MAX_ROWS and self.ok:
+            rows, title = self._largest_of_each_stage(), ["The largest error of each stage:"]
+        elif len(rows) > _MAX_ROWS:
+            rows = [row for row in rows if self._beyond(row)]
         shown = rows[:_MAX_ROWS]
         cells = [("", "", "relative", "ulp", "")]
         for row in shown:
             mark = row.note or ("differs" if self._beyond(row) else "")
             cells.append((row.stage, row.name, f"{row.relative:.1e}", f"{row.ulp:.3g}", mark))
-        widths = [max(len(line[column]) for line in cells) for column in range(5)]
-        table = [
-            f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
-            for a, b, c, d, e in cells
-        ]
+        table = [*title, *aligned(cells, "<<>><")]
         omitted = len(self.rows) - len(shown)
         return table if omitted == 0 else [*table, f"({omitted} rows omitted)"]
+
+    def _largest_of_each_stage(self) -> list[Row]:
+        largest: dict[str, Row] = {}
+        for row in self.rows:
+            if row.stage not in largest or row.relative > largest[row.stage].relative:
+                largest[row.stage] = row
+        return list(largest.values())
+
+
+def aligned(cells: Sequence[Sequence[str]], alignments: str) -> list[str]:
+    """Return a line for each row of a table, given `<` or `>` for each column."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:{side}{width}}"
+            for cell, side, width in zip(row, alignments, widths, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
 
 
 def checked_rtol(rtol: Any) -> float:
