@@ -39,7 +39,29 @@ PROMOTING = {
 }
 
 
+class WithoutTorch:
+    """A finder that skips the test, or the module of tests, that imports PyTorch."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            pytest.skip("imports PyTorch", allow_module_level=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--without-torch", action="store_true", help="skip, and list, the tests that need PyTorch"
+    )
+
+
 def pytest_configure(config):
+    if config.getoption("--without-torch"):
+        sys.meta_path.insert(0, WithoutTorch())
+        config.option.reportchars += "s"
+        config.option.fold_skipped = False
+    share_compiled_programs(config)
+
+
+def share_compiled_programs(config):
     """Compile each program once a run: pytest's processes share an initially empty cache."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

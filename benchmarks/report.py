@@ -13,7 +13,7 @@ import jax
 from benchmarks.report_compiled import compiled, table
 
 _PACKAGES = ["jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy"]
-_PASSES = {
+PASSES = {
     "forward": "training, forward",
     "forward_backward": "training, forward and backward",
     "evaluate": "evaluation",
@@ -68,7 +68,7 @@ def speed(data: dict[str, Any]) -> str:
             _speed_rows(data["summary"], columns, names),
         ),
     ]
-    for kind, title in _PASSES.items():
+    for kind, title in PASSES.items():
         cases = [{**c, "ms": c["seconds"] * 1e3} for c in data["cases"] if c["pass"] == kind]
         ours = [c for c in cases if c["contender"] == "ours"]
         text += [
@@ -106,12 +106,12 @@ def _speed_rows(summary, columns, names) -> Iterable[list[str]]:
     groups: dict[tuple, dict[str, dict]] = {}
     for one in summary:
         groups.setdefault(tuple(one[key] for key in keys), {})[one["contender"]] = one
-    passes, data = list(_PASSES), list(dict.fromkeys(one["data"] for one in summary))
+    passes, data = list(PASSES), list(dict.fromkeys(one["data"] for one in summary))
     for key, group in sorted(
         groups.items(), key=lambda item: (passes.index(item[0][0]), data.index(item[0][1]))
     ):
         yield [
-            *(_PASSES[key[0]], *map(str, key[1:])),
+            *(PASSES[key[0]], *map(str, key[1:])),
             *[f"{group[name]['ours_over_it']:.2f}" for name in columns],
             *[_number(group[name]["of_floor"], ".2f") for name in names],
         ]

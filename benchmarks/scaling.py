@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from benchmarks.collectives import of_batch_norm
 from benchmarks.timing import turn_by_turn
+from jaxbn._palette import COLORS, DPI
 
 # The features of ResNet-50's 53 batch norms (He et al., 2015, table 1): the stem, then in each
 # stage the projection of the first block and the three layers of every block.
@@ -167,10 +168,11 @@ def plot(path: Path, latency: float, bandwidth: float) -> None:
         times = [1e3 * step_seconds(min(d, group), latency, bandwidth, forward) for d in DEVICES]
         axes.plot(DEVICES, times, style, label=label, **given)
 
-    line("float32, all devices together", "o-", table_seconds)
-    for group in GROUPS:
-        line(f"float32, groups of {group}", "o-", table_seconds, group)
-    line("half precision, all devices together", "s--", sums_seconds)
+    first, *of_groups, last = COLORS[: len(GROUPS) + 2]
+    line("float32, all devices together", "o-", table_seconds, color=first)
+    for group, color in zip(GROUPS, of_groups, strict=True):
+        line(f"float32, groups of {group}", "o-", table_seconds, group, color=color)
+    line("half precision, all devices together", "s--", sums_seconds, color=last)
     axes.set(
         xscale="log",
         ylim=(0, None),
@@ -182,7 +184,7 @@ def plot(path: Path, latency: float, bandwidth: float) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     print(f"\nwrote {path}")
 

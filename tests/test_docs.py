@@ -62,13 +62,16 @@ def test_public_names_of(name):
     assert sorted(module.__all__) == module.__all__ == NAMES[name]
 
 
+@pytest.mark.parametrize("module", [*MODULES, jaxbn.health], ids=lambda module: module.__name__)
+def test_the_reference_has_a_page_for_every_module(module):
+    """The page is made from the module, and lists the names in its `__all__`."""
+    assert f"\n   {module.__name__}\n" in (ROOT / "docs" / "api.md").read_text()
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_every_public_name_is_documented(module):
-    reference = (ROOT / "docs" / "api.md").read_text()
     for name in module.__all__:
         value = getattr(module, name)
-        spelled = f"{module.__name__}.{name}\n" in reference
-        assert spelled or f"automodule:: {module.__name__}\n   :members:" in reference, name
         if isinstance(value, Mapping):
             continue
         text = inspect.getdoc(value)

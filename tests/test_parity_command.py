@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import pytest
 import jaxbn
 from jaxbn.parity import _oracle
 from jaxbn.parity.__main__ import main
-from jaxbn.parity._command import measurements
+from jaxbn.parity._command import measurements, tables
+from jaxbn.parity._command.frameworks import FRAMEWORKS
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +89,7 @@ def test_terminal_and_picture(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     path = tmp_path / "errors.png"
     text = printed(capsys, "--frameworks", "", "--png", str(path))
-    assert "momentum   epsilon   batch_variance   running_variance" in text
+    assert "momentum  epsilon  batch_variance  running_variance" in text
     assert "one spike of 1e6" in text
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -124,9 +126,45 @@ def test_a_picture_that_cannot_be_written_is_refused_before_probing(
 
 
 def test_a_missing_framework_is_a_remark(capsys, monkeypatch):
+    makers = {name: FRAMEWORKS[name] for name in ("ours", "haiku")}
+    for module in ("jaxbn.parity.__main__", "jaxbn.parity._command.frameworks"):
+        monkeypatch.setattr(f"{module}.FRAMEWORKS", makers)
     monkeypatch.setitem(sys.modules, "haiku", None)
-    text = printed(capsys, "--markdown", "--frameworks", "haiku")
-    assert text.endswith("Left out: Haiku (import of haiku halted; None in sys.modules).\n")
+    assert printed(capsys, "--markdown").endswith(
+        "Left out: Haiku (haiku is not installed).\n\n"
+        "pip install 'jaxbn[frameworks]' installs every framework.\n"
+    )
+
+
+def test_a_missing_framework_that_was_asked_for_is_an_error(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "haiku", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--json", "--device", "cpu", "--frameworks", "haiku,linen"])
+    assert capsys.readouterr().err.endswith(
+        "error: cannot measure Haiku (haiku is not installed): pip install 'jaxbn[frameworks]' "
+        "installs every framework\n"
+    )
+
+
+def test_80_columns_are_enough(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    errors = {name: dict.fromkeys(measurements.RESULTS, 1e-7) for name in measurements.INPUTS}
+    titles = [title for title, _ in FRAMEWORKS.values()]
+    note = "running mean: successive batches have weights that are not constant " * 3
+    measured = {
+        **{"device": "cpu", "dtype": "bfloat16", "shape": [4096, 16], "missing": {}},
+        "versions": dict.fromkeys(titles, "0.10.2"),
+        "conventions": {title: {**jaxbn.PYTORCH, "note": note} for title in titles},
+        "errors": dict.fromkeys(titles, errors),
+    }
+    tables.show(measured)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    words = text.split()
+    # Once in each table of errors, whose head has line breaks after spaces and dots.
+    for part in {part for title in titles for part in re.findall(r"[^\s.]+\.?", title)}:
+        assert words.count(part) >= 3, part
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxbn.parity as parity
-from jaxbn.parity._command.frameworks import FRAMEWORKS, Parameters, available
+from jaxbn.parity._command.frameworks import FRAMEWORKS, Parameters, available, how_to_install
 from tests import oracle
 
 C = 5
@@ -45,7 +45,8 @@ def test_a_missing_framework_is_reported(name, monkeypatch, rng):
     found, missing = available(["ours", name], parameters(rng))
     title, _ = FRAMEWORKS[name]
     assert list(found) == ["jaxbn"]
-    assert missing == {title: f"import of {name} halted; None in sys.modules"}
+    assert missing == {title: f"{name} is not installed"}
+    assert how_to_install(missing) == "pip install 'jaxbn[frameworks]' installs every framework"
 
 
 def test_a_framework_that_runs_elsewhere_is_reported(monkeypatch, rng):
@@ -54,6 +55,7 @@ def test_a_framework_that_runs_elsewhere_is_reported(monkeypatch, rng):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     found, missing = available(["keras"], parameters(rng))
     assert (found, missing) == ({}, {"Keras": "Keras runs on its torch backend, not on JAX"})
+    assert how_to_install(missing) == ""
 
 
 def test_frameworks_are_imported_only_when_used():

@@ -10,8 +10,8 @@ import jax
 
 from jaxbn._picture_path import picture_path
 from jaxbn.parity._command import picture, tables
-from jaxbn.parity._command.frameworks import FRAMEWORKS
-from jaxbn.parity._command.measurements import measure_frameworks
+from jaxbn.parity._command.frameworks import FRAMEWORKS, how_to_install
+from jaxbn.parity._command.measurements import measure_frameworks, missing_frameworks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     others = [name for name in FRAMEWORKS if name != "ours"]
     parser.add_argument(
         "--frameworks",
-        default=",".join(others),
-        help="what to measure besides this library, separated by commas; by default %(default)s",
+        help="what to measure besides this library, separated by commas; by default, those that "
+        f"are installed of {','.join(others)}",
     )
     parser.add_argument(
         "--dtype",
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the errors")
     options = parser.parse_args(arguments)
 
-    names = [name for name in options.frameworks.split(",") if name]
+    asked = options.frameworks is not None
+    names = [name for name in options.frameworks.split(",") if name] if asked else others
     if unknown := sorted(set(names) - set(others)):
         parser.error(f"unknown frameworks {', '.join(unknown)}; there are {', '.join(others)}")
     terminal = not (options.json or options.markdown)
@@ -50,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         jax.devices(device)
     except RuntimeError as error:
         parser.error(f"no device {device!r}: {error}")
+
+    if asked and (missing := missing_frameworks(names, options.dtype, device)):
+        reasons = "; ".join(f"{name} ({why})" for name, why in missing.items())
+        advice = how_to_install(missing)
+        parser.error(f"cannot measure {reasons}" + (f": {advice}" if advice else ""))
 
     if options.png is not None:
         try:

@@ -1,9 +1,9 @@
-"""Colours and axes of the examples' pictures."""
+"""Colours, resolution and axes of the examples' pictures."""
 
 from matplotlib.axes import Axes
 
-# Colours that differ for colour-blind readers too (Okabe and Ito).
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+from jaxbn._palette import COLORS as COLORS
+from jaxbn._palette import DPI as DPI
 
 
 def tidy(ax: Axes) -> None:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from train_examples.common.errors import run_command
+from train_examples.common.errors import needs_extra, run_command
 from train_examples.data_parallel.config import how_to_resume, parse_args
 from train_examples.data_parallel.launch import launch
 
@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             launch(sys.argv[1:] if argv is None else argv, config)
         else:
             # Imported here, since the launcher does not need it: it takes seconds, and memory.
-            from train_examples.data_parallel import train
+            with needs_extra("examples"):
+                from train_examples.data_parallel import train
 
             train.run(config)
 

@@ -3,15 +3,17 @@
 import argparse
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
-from train_examples.common.checkpoint import how_to_resume
 from train_examples.common.config import Config, add_options, parse
-from train_examples.common.errors import run_command
+from train_examples.common.errors import needs_extra, run_command
 from train_examples.common.storage import writing
-from train_examples.digits.plots import write_pictures
-from train_examples.digits.run import Result, check_norms, train
+
+with needs_extra("examples"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from train_examples.common.checkpoint import how_to_resume
+    from train_examples.digits.plots import write_pictures
+    from train_examples.digits.run import Result, check_norms, train
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

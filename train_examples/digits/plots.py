@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train_examples.common.history import CHANNELS, History, first_channels
-from train_examples.common.plots import COLORS, tidy
+from train_examples.common.plots import COLORS, DPI, tidy
 from train_examples.digits.run import Result
 
 
@@ -20,7 +20,7 @@ def write_pictures(result: Result, out: Path) -> list[Path]:
         "moving_averages.png": moving_averages(result),
     }
     for name, figure in figures.items():
-        figure.savefig(out / name, dpi=150)
+        figure.savefig(out / name, dpi=DPI)
     return [out / name for name in figures]
 
 

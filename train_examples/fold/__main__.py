@@ -5,14 +5,16 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from train_examples.common.checkpoint import how_to_resume
 from train_examples.common.config import Config, add_options, parse
-from train_examples.common.errors import run_command
+from train_examples.common.errors import needs_extra, run_command
 from train_examples.common.timing import median_ratio
-from train_examples.fold.compare import Comparison, run
+
+with needs_extra("examples"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from train_examples.common.checkpoint import how_to_resume
+    from train_examples.fold.compare import Comparison, run
 
 
 def main(argv: Sequence[str] | None = None) -> Comparison:

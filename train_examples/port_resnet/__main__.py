@@ -10,7 +10,7 @@ from train_examples.port_resnet.config import WeightsError, parse_args
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     config = parse_args(argv)
-    with needs_extra("test"):
+    with needs_extra("examples,torch"):
         from rich.console import Console
 
         from train_examples.port_resnet.command import run

@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from train_examples.common.errors import needs_extra, run_command
 
-from train_examples.common.errors import run_command
-from train_examples.questions import (
-    batch_size,
-    bias,
-    epsilon,
-    initialization,
-    learning_rate,
-    moving_averages,
-)
-from train_examples.questions.common import Settings
+with needs_extra("examples"):
+    from rich.console import Console
+
+    from train_examples.common.plots import DPI
+    from train_examples.questions import (
+        batch_size,
+        bias,
+        epsilon,
+        initialization,
+        learning_rate,
+        moving_averages,
+    )
+    from train_examples.questions.common import Settings
 
 QUESTIONS = {
     1: (epsilon, "Why is there an epsilon in the denominator?"),
@@ -83,7 +86,7 @@ def answer(number: int, settings: Settings, out: Path, console: Console) -> Any:
     for verdict in experiment.verdicts(result):
         console.print(f"- {verdict}", soft_wrap=True, highlight=False)
     path = out / f"{experiment.__name__.rsplit('.', 1)[-1]}.png"
-    experiment.plot(result).savefig(path, dpi=100)
+    experiment.plot(result).savefig(path, dpi=DPI)
     console.print(f"wrote {path} after {time.perf_counter() - start:.0f} s", soft_wrap=True)
     return result
 

@@ -3,12 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from train_examples.common.config import Config, parse
-from train_examples.common.errors import run_command
-from train_examples.recalibrate.compare import Case, compare
+from train_examples.common.errors import needs_extra, run_command
+
+with needs_extra("examples"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from train_examples.recalibrate.compare import Case, compare
 
 
 def main(argv: Sequence[str] | None = None) -> list[Case]:

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from train_examples.common.errors import UserError, run_command
-from train_examples.common.plots import COLORS, tidy
+from train_examples.common.errors import UserError, needs_extra, run_command
 from train_examples.common.storage import writing
-from train_examples.small_batches.train import METHODS, NETWORKS, WHOLE, accuracy
+
+with needs_extra("examples"):
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from train_examples.common.plots import COLORS, DPI, tidy
+    from train_examples.small_batches.train import METHODS, NETWORKS, WHOLE, accuracy
 
 SIZES = (2, 4, 8, 64)
 
@@ -61,7 +64,7 @@ def run(
     path = out / "accuracy.png"
     with writing("the picture", out):
         out.mkdir(parents=True, exist_ok=True)
-        plot(networks, accuracies, sizes).savefig(path, dpi=200)
+        plot(networks, accuracies, sizes).savefig(path, dpi=DPI)
     console.print(f"wrote {path}")
     return accuracies
 

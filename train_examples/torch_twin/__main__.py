@@ -12,7 +12,7 @@ WIDTH = 120
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     config = parse_args(argv)
-    with needs_extra("test"):
+    with needs_extra("examples,torch"):
         import torch
         from rich.console import Console
 

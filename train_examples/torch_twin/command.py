@@ -3,6 +3,7 @@
 from rich.console import Console
 
 from train_examples.common.errors import UserError
+from train_examples.common.plots import DPI
 from train_examples.torch_twin import report
 from train_examples.torch_twin.config import Config
 from train_examples.torch_twin.lockstep import train
@@ -16,7 +17,7 @@ def run(config: Config, console: Console) -> None:
         console.print(table)
     config.out.mkdir(parents=True, exist_ok=True)
     report.write_numbers(config, history, config.out / "distances.json")
-    picture(history).savefig(config.out / "distances.png", dpi=100)
+    picture(history).savefig(config.out / "distances.png", dpi=DPI)
     console.print(f"wrote distances.json and distances.png to {config.out}")
     console.print(report.float32_summary(history))
     within, verdict = report.float64_verdict(history)

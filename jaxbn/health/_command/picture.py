@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxbn._palette import COLORS, DPI
 from jaxbn.health._command.judge import standardized_means
 from jaxbn.health._command.layers import Layer
 
-# Colours that readers with colour blindness can distinguish (Okabe and Ito).
-_SOUND, _FAULTY = "#0072B2", "#D55E00"
+_SOUND, _FAULTY = COLORS[:2]
 # In standard deviations. Beyond this, the axis is logarithmic if any mean is twice as far.
 _LINEAR = 3.0
 # Larger numbers are clipped to this, since they would overflow in Matplotlib.
@@ -76,4 +76,4 @@ def draw_picture(
         "line: all; box: middle half; tick: median; x: no finite values"
     )
     axes.set_title(title, fontsize=10, parse_math=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)

@@ -127,6 +127,8 @@ FRAMEWORKS: Mapping[str, tuple[str, Maker]] = {
     "keras": ("Keras", make_keras),
 }
 
+_NOT_INSTALLED = " is not installed"
+
 
 def available(
     names: Sequence[str], parameters: Parameters
@@ -138,9 +140,18 @@ def available(
         try:
             make(parameters)
             found[title] = make
+        except ModuleNotFoundError as error:
+            missing[title] = f"{error.name}{_NOT_INSTALLED}"
         except ImportError as error:
             missing[title] = str(error)
     return found, missing
+
+
+def how_to_install(missing: Mapping[str, str]) -> str:
+    """Return what installs the frameworks that `available` did not find, or nothing."""
+    if not any(why.endswith(_NOT_INSTALLED) for why in missing.values()):
+        return ""
+    return "pip install 'jaxbn[frameworks]' installs every framework"
 
 
 def _as_jax(parameters: Parameters) -> dict[str, jax.Array]:

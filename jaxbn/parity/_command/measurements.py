@@ -34,8 +34,7 @@ def measure_frameworks(names: Sequence[str], dtype: str, device: str) -> dict[st
     """
     rng = np.random.default_rng(1)
     dy = rng.normal(size=(N, C)).astype(jnp.dtype(dtype))
-    param_dtype = np.float64 if dtype == "float64" else np.float32
-    parameters = Parameters(*rng.uniform(0.5, 2, (2, C)).astype(param_dtype))
+    parameters = _parameters(rng, dtype)
     jax_device = jax.devices(device)[0]
     with jax.enable_x64(dtype == "float64"), jax.default_device(jax_device):
         makers, missing = available(names, parameters)
@@ -55,6 +54,17 @@ def measure_frameworks(names: Sequence[str], dtype: str, device: str) -> dict[st
         "errors": errors,
         "missing": missing,
     }
+
+
+def missing_frameworks(names: Sequence[str], dtype: str, device: str) -> dict[str, str]:
+    """Return why frameworks cannot be measured, by title, for those that cannot."""
+    with jax.enable_x64(dtype == "float64"), jax.default_device(jax.devices(device)[0]):
+        return available(names, _parameters(np.random.default_rng(1), dtype))[1]
+
+
+def _parameters(rng: np.random.Generator, dtype: str) -> Parameters:
+    param_dtype = np.float64 if dtype == "float64" else np.float32
+    return Parameters(*rng.uniform(0.5, 2, (2, C)).astype(param_dtype))
 
 
 def _convention(layer: DifferentiableLayer) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxbn.parity._command.frameworks import how_to_install
 from jaxbn.parity._command.measurements import INPUTS, KEYWORDS, RESULTS
 
 
@@ -52,6 +53,8 @@ def remarks(measured: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     lines = [f"On {measured['device']}: {versions}."]
     lines += [f"Left out: {name} ({why})." for name, why in measured["missing"].items()]
+    if advice := how_to_install(measured["missing"]):
+        lines.append(f"{advice}.")
     return "\n".join(lines)
 
 
@@ -65,17 +68,37 @@ def markdown(measured: Mapping[str, Any]) -> str:
 
 
 def show(measured: Mapping[str, Any]) -> None:
-    """Print the tables in the width of the terminal. Needs Rich."""
-    import rich.box
+    """Print the tables, which fit into 80 columns. Needs Rich."""
     import rich.console
-    import rich.table
 
     console = rich.console.Console(highlight=False, markup=False)
-    for table in tables(measured):
-        shown = rich.table.Table(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
-        for name in table.head:
-            shown.add_column(name)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+    conventions, *errors = tables(measured)
+    notes = [f"{row[0]}: {row[-1]}." for row in conventions.rows if row[-1]]
+    rows = [row[:-1] for row in conventions.rows]
+    console.print(_rich_table(Table(conventions.title, conventions.head[:-1], rows)))
+    # Sentences would leave no width to the other columns.
+    console.print(*notes, "", sep="\n")
+    for table in errors:
+        console.print(_rich_table(table))
     console.print(remarks(measured))
+
+
+def _rich_table(table: Table) -> Any:
+    import rich.box
+    import rich.table
+
+    shown = rich.table.Table(
+        title=table.title,
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    first, *others = table.head
+    shown.add_column(first)
+    for name in others:
+        # Only the first column is wrapped where the terminal is narrow.
+        shown.add_column(name.replace(" ", "\n").replace(".", ".\n"), no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
