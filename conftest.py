@@ -33,7 +33,8 @@ PROMOTING = {
     "test_decay_mask": OPTAX,
     **dict.fromkeys(("test_data_parallel", "test_digits", "test_digits_teaching"), EXAMPLES),
     **dict.fromkeys(("test_digits_storage", "test_data_parallel_runs"), EXAMPLES),
-    **dict.fromkeys(("test_fold_example", "test_port_resnet"), EXAMPLES),
+    **dict.fromkeys(("test_fold_example", "test_hear_pitch"), EXAMPLES),
+    "test_port_efficientnet": EXAMPLES,
     **dict.fromkeys(("test_questions", "test_recalibrate_example", "test_reliability"), EXAMPLES),
     **dict.fromkeys(("test_small_batches", "test_torch_twin"), EXAMPLES),
 }

@@ -21,9 +21,9 @@ def assert_refused(run, package, extra):
     )
 
 
-def assert_help_alone_works(module, package, option):
+def assert_help_alone_works(module, package, option, extra="examples,torch"):
     """Check that `--help` names `option`, and that a run fails and says what to install."""
     help_run = run_without(package, module, "--help")
     assert (help_run.returncode, help_run.stderr) == (0, "")
     assert option in help_run.stdout
-    assert_refused(run_without(package, module), package, "examples,torch")
+    assert_refused(run_without(package, module), package, extra)

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.missing_package import assert_refused, run_without
+from train_examples.common.errors import needs_extra
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,8 @@ def test_the_help_of_data_parallel_needs_no_package():
     run = run_without("rich", "train_examples.data_parallel", "--help")
     assert (run.returncode, run.stderr) == (0, "")
     assert "--coordinator HOST:PORT" in run.stdout
+
+
+def test_a_missing_module_of_this_project_raises():
+    with pytest.raises(ModuleNotFoundError, match="train_examples"), needs_extra("test"):
+        raise ModuleNotFoundError("No module named 'train_examples.x'", name="train_examples.x")

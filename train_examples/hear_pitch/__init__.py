@@ -1,0 +1,1 @@
+"""A network that hears pitch, ported from PyTorch to NNX with its weights."""

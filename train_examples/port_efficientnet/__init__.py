@@ -1,0 +1,1 @@
+"""EfficientNet-Lite0 with its ImageNet weights, ported from PyTorch to Flax."""
