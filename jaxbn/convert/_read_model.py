@@ -8,7 +8,7 @@ import jax
 
 from jaxbn import _checks
 from jaxbn.convert import _entries, _slot_checks
-from jaxbn.convert._layouts import arranged, is_ambiguous
+from jaxbn.convert._layouts import arranged, fits_only_transposed, is_ambiguous
 from jaxbn.convert._slots import Slot, Slots, is_under, to_jax
 
 # Flax's names of arrays that PyTorch calls otherwise. All others have the same name.
@@ -92,7 +92,13 @@ def _converted(
             f"has"
         ]
     value = arranged(slot, given, sizes)
-    return value, _slot_checks.value_problems(slot, repr(entry), value, given)
+    problems = _slot_checks.value_problems(slot, repr(entry), value, given)
+    if problems and fits_only_transposed(slot, given):
+        problems[-1] += (
+            f" (if {slot.layer!r} is a ConvTranspose, pass transpose_kernel={{{slot.layer!r}: "
+            f"False}})"
+        )
+    return value, problems
 
 
 def _left_over(
