@@ -184,6 +184,20 @@ class TestTheCheckOnTheExample:
         got = fold_linen(variables, model=model, example=x)
         assert_equal(got, fold_linen(variables, {"Conv_0": "BatchNorm_0"}, epsilon=1e-3))
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_it_allows_for_the_rounding_of_stored_values(self, dtype):
+        """A checkpoint in half precision, for inputs and computations in float32."""
+        model, variables, x = linen(lambda x: norm()(conv()(x)))
+        variables["params"]["Conv_0"] = lively(variables["params"]["Conv_0"], dtype)
+        folded = fold_linen(variables, model=model, example=x)
+        assert folded["params"]["Conv_0"]["kernel"].dtype == dtype
+        assert_equal(folded, fold_linen(variables, {"Conv_0": "BatchNorm_0"}, epsilon=1e-3))
+
+        model, variables, x = linen(lambda x: norm()(StandardizedConv(name="conv")(x)))
+        variables["params"]["conv"] = lively(variables["params"]["conv"], dtype)
+        with pytest.raises(ValueError, match="times what rounding explains"):
+            fold_linen(variables, model=model, example=x)
+
     def test_a_layer_that_is_not_linear_in_its_kernel(self):
         model, variables, x = linen(lambda x: norm()(StandardizedConv(name="conv")(x)))
         assert find_pairs(model, variables, x) == {"conv": "BatchNorm_0"}

@@ -69,8 +69,10 @@ def _excesses(
     folded = _outputs(traced, pairs, values, [new for new, _ in entries], expected)
     sizes = _outputs(traced, pairs, values, [sizes for _, sizes in entries], expected, jnp.abs)
     return [
-        jnp.max(_excess(traced, pair, expected[pair.norm], folded[pair.norm], sizes[pair.norm]))
-        for pair in pairs
+        jnp.max(
+            _excess(traced, pair, new, expected[pair.norm], folded[pair.norm], sizes[pair.norm])
+        )
+        for pair, (new, _) in zip(pairs, entries, strict=True)
     ]
 
 
@@ -115,12 +117,16 @@ def _outputs(
     return got
 
 
-def _excess(traced: TracedModel, pair: Pair, expected: Any, got: Any, size: Any) -> jax.Array:
+def _excess(
+    traced: TracedModel, pair: Pair, new: Entries, expected: Any, got: Any, size: Any
+) -> jax.Array:
     """Return the difference of two outputs, elementwise, as a multiple of the tolerance."""
     kernel_shape = traced.layers[pair.layer].kernel_shape
     products = math.prod(kernel_shape) / kernel_shape[pair.axis]
     dtypes = {expected.dtype, got.dtype, size.dtype}
-    roundoff = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) / 2
+    # The folded kernel and bias are rounded to the dtypes in which they are stored.
+    stored = {leaf.dtype for leaf in jax.tree.leaves(new)}
+    roundoff = max(float(jnp.finfo(dtype).eps) for dtype in dtypes | stored) / 2
     wide = jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
     # Each run sums this many products and rounds each of them, and is rounded to its dtype about
     # ten times on the way. Sums of half precision are accumulated in float32.
