@@ -161,6 +161,26 @@ class TestCalls:
         # Sums of 36 products in float32, and about ten roundings more.
         np.testing.assert_allclose(got, expected, atol=2 * 46 * 2.0**-24 * np.abs(expected).max())
 
+    def test_a_layer_that_shares_its_scope(self):
+        class Shared(nn.Module):
+            norm: Any = norm
+            use_bias: bool = False
+
+            def setup(self):
+                self.conv, self.bn = conv(use_bias=self.use_bias), self.norm()
+                nn.share_scope(self, self.conv)
+
+            def __call__(self, x):
+                return self.bn(self.conv(x))
+
+        model, variables, x = linen(lambda x: Shared(name="block")(x))
+        folded = fold_linen(variables, model=model, example=x)
+        assert set(folded["params"]["block"]) == {"kernel", "bias"}
+        without = Model(lambda x: Shared(norm=lambda: no_norm(), use_bias=True, name="block")(x))
+        got, expected = without.apply(folded, x), model.apply(variables, x)
+        # Sums of 36 products in float32, and about ten roundings more.
+        np.testing.assert_allclose(got, expected, atol=2 * 46 * 2.0**-24 * np.abs(expected).max())
+
 
 class TestTheCheckOnTheExample:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -144,7 +144,9 @@ def _folded(
     params, stats = variables["params"], variables["batch_stats"]
     replacements = []
     for pair in pairs:
-        layer = _linen_variables.module_entries(params, pair.layer)
+        module = _linen_variables.module_entries(params, pair.layer)
+        # Modules that share the layer's scope have their variables there, too.
+        layer = {key: module[key] for key in ("kernel", "bias") if key in module}
         norm = [_linen_variables.module_entries(tree, pair.norm) for tree in (params, stats)]
         try:
             folded = folded_entries(pair, layer, *norm)
@@ -152,7 +154,7 @@ def _folded(
         except (TypeError, ValueError) as error:
             names = _paths.join_paths([pair.layer, pair.norm], " and ")
             raise type(error)(f"{names} cannot be folded: {error}") from None
-        layer |= folded
+        module |= folded
         replacements.append(Replacement(pair, folded, sizes))
     if traced is not None:
         check_outputs(traced, replacements)
