@@ -25,6 +25,7 @@ from tests.fold_models import (
     norm,
     variables_of,
 )
+from tests.raises import raises
 
 
 def no_norm(**options):
@@ -234,6 +235,23 @@ class TestTheCheckOnTheExample:
         )
         assert text.startswith(start) and text.endswith(end)
         assert float(text.removeprefix(start).removesuffix(end)) > 1000
+
+    @pytest.mark.parametrize(
+        "value, why",
+        [
+            (0, "the input of Conv_0 is zero"),
+            (np.nan, "the output of BatchNorm_0 has no finite value"),
+        ],
+    )
+    def test_an_example_on_which_nothing_can_be_checked(self, value, why):
+        """A layer without a bias maps zeros to zeros, whatever its kernel is."""
+        model, variables, x = linen(lambda x: norm()(conv(use_bias=False)(x)))
+        with raises(
+            ValueError,
+            f"example must be one on which the folded layers can be checked, but {why}. Pass an "
+            f"input from the data, or leave this pair out of pairs.",
+        ):
+            fold_linen(variables, model=model, example=jnp.full_like(x, value))
 
     def test_folded_values_out_of_range(self):
         model, variables, x = linen(

@@ -29,13 +29,15 @@ def fold_nnx(
 
     The model is run on the example in evaluation mode, which finds the pairs, as `find_pairs` does,
     reads each epsilon and kernel axis from the layers, and checks that on the example each folded
-    layer computes what layer and batch norm computed, up to rounding. Batch norms that cannot be
-    folded, or are not among the given pairs, stay.
+    layer computes what layer and batch norm computed, up to rounding. The check on the example
+    needs values: inside `jax.jit`, it is left out. Batch norms that cannot be folded, or are not
+    among the given pairs, stay.
 
     Args:
       model: a `flax.nnx.Module` in evaluation mode: call `model.eval()` first. It is not changed.
       example: an input of the model, as for `jaxbn.calibrate.recalibrate`: an array, a tuple of
-        positional arguments, or a dict of keyword arguments.
+        positional arguments, or a dict of keyword arguments. Pass real data: zeros check nothing,
+        and are rejected.
       pairs: each layer with the batch norm after it: {"blocks/0/conv": "blocks/0/norm"} or a
         sequence of such pairs, with the paths of `nnx.state(model)`. By default all that can be
         folded, of which there must be one.
