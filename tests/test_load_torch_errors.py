@@ -69,6 +69,13 @@ CASES = {
         "takes 'bn1.bias'; no variable takes 'bn1.running_mean'; no variable takes "
         "'bn1.running_var'; no variable takes 'bn1.num_batches_tracked'",
     ),
+    "misspelt paths": (
+        state_dict(),
+        {"names": {"conv": "conv1", "block.norm": "bn1", "fc": "head"}, "unused": ["bn1", "fc"]},
+        "names has paths at which the model has no variables: 'block.norm', 'fc' (paths are "
+        "written with '/'); names lacks 'norm' (scale, bias, mean, var); names lacks 'head' "
+        "(kernel, bias)",
+    ),
     "shapes": (
         state_dict(
             conv1__weight=np.zeros((4, 2, 5, 5), np.float32),

@@ -44,7 +44,8 @@ def read_model(
 
     entries = {key: _entry(slot, names) for key, slot in slots.items()}
     wanted = {k: slot for k, slot in slots.items() if not is_under(slot.path, kept, "/")}
-    problems = _slot_checks.unnamed_problems(s for k, s in wanted.items() if entries[k] is None)
+    unnamed = [slot for key, slot in wanted.items() if entries[key] is None]
+    problems = _slot_checks.unnamed_problems(unnamed, names, slots)
     problems += _slot_checks.kept_problems(slots, kept)
     problems += _unknown_layers(slots, flattened)
 
