@@ -6,9 +6,9 @@ from typing import Any
 from jaxbn import _checks
 from jaxbn.inference import _linen_variables, _paths
 from jaxbn.inference._check_outputs import Replacement, check_outputs
-from jaxbn.inference._find_pairs import check_example, traced_model
 from jaxbn.inference._folded_entries import folded_entries, magnitudes
-from jaxbn.inference._pairs import Pair, checked_pairs, found_pairs, too_few
+from jaxbn.inference._pairs import Pair, cannot_fold, checked_pairs, found_pairs
+from jaxbn.inference._trace import check_example, traced_model
 from jaxbn.inference._traced_model import TracedModel
 
 Path = str | Sequence[str]
@@ -123,7 +123,7 @@ def fold_linen(
                 " To fold the others and keep these in the model, pass pairs=find_pairs(model, "
                 "variables, example, ...)."
             )
-            raise too_few(problems, advice if found else "")
+            raise cannot_fold(problems, advice if found else "")
         paths = [(pair.layer, pair.norm) for pair in found]
     return _folded(variables, checked_pairs(traced, paths, epsilon, axis), traced)
 

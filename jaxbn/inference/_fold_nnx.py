@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 from jaxbn.inference import _paths
 from jaxbn.inference._check_outputs import Replacement, check_outputs
-from jaxbn.inference._find_pairs import check_example, traced_model
 from jaxbn.inference._folded_entries import folded_entries, magnitudes
-from jaxbn.inference._pairs import Pair, checked_pairs, found_pairs, too_few
+from jaxbn.inference._pairs import Pair, cannot_fold, checked_pairs, found_pairs
+from jaxbn.inference._trace import check_example, traced_model
 from jaxbn.inference._traced_model import TracedModel
 
 Model = TypeVar("Model")
@@ -78,7 +78,7 @@ def fold_nnx(
         if not traced.norms:
             raise ValueError("model must call a batch norm, but calls none on example.")
         if not chosen:
-            raise too_few(problems)
+            raise cannot_fold(problems)
     else:
         chosen = _checked(traced, pairs)
     new = nnx.clone(model)
