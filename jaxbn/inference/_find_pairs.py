@@ -16,6 +16,7 @@ def find_pairs(model: Any, variables: Any, example: Any, **apply_kwargs: Any) ->
 
     - anything stands between it and the layer, even a reshape;
     - the layer's output has another use, or its kernel or bias has;
+    - the layer has no bias, and is not one of Flax's, which read the bias that folding adds;
     - one of them is called a second time, or inside `nn.scan`, `nn.vmap` or another loop, branch or
       map (of equal blocks in one `nn.jit`, too);
     - it has a mask, or its features are not on the last axis.
