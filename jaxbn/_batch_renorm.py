@@ -34,9 +34,10 @@ def batch_renorm(
     dtype: DTypeLike | None = None,
     virtual_batch_size: int | None = None,
 ) -> tuple[jax.Array, StateT]:
-    r"""Normalize a batch, in training almost as in evaluation, and return it with the new state.
+    r"""Normalize a batch by batch renormalization, and return it with the new state.
 
-    With the standard deviation :math:`s = \sqrt{\sigma^2 + \epsilon}`, in training
+    It makes training close to evaluation. With the standard deviation
+    :math:`s = \sqrt{\sigma^2 + \epsilon}`, in training
 
     .. math::
 
@@ -49,13 +50,15 @@ def batch_renorm(
             + d\right) + \mathrm{bias}
 
     with the running statistics before the update. Where nothing is clipped, this is what evaluation
-    gives, so small and unrepresentative batches do less harm. No gradient flows through r and d:
-    the gradient is that of batch norm, times r. Evaluation and the update of the state are those of
-    `batch_norm`, and so is training with `r_max=1, d_max=0`.
+    gives, so a small or unrepresentative batch distorts the output less. No gradient flows through
+    r and d: the gradient is that of batch norm, times r. Evaluation and the update of the state are
+    those of `batch_norm`, and so is training with `r_max=1, d_max=0` (up to rounding, if the limits
+    are traced).
 
-    The running statistics of the first steps mean little. Begin with `r_max=1, d_max=0`, and relax
-    both gradually, as the paper does, to 3 and 5. They may be traced, so that a schedule does not
-    compile anew in each step.
+    In the first steps, the running statistics are unreliable. Begin with `r_max=1, d_max=0`, and
+    relax both gradually, as the paper does, to 3 and 5. They may be traced, so that a schedule does
+    not recompile. Since the state corrects the output, NaN in the state makes the output NaN, even
+    with `r_max=1, d_max=0` if they are traced; `keep_finite` keeps the state free of it.
 
     Args:
       params, x, train, axis, momentum, batch_variance, running_variance, axis_name: as in
@@ -63,9 +66,9 @@ def batch_renorm(
       axis_index_groups, mask, dtype, virtual_batch_size: as in `batch_norm`. Each group of examples
         has its own r and d.
       state: as in `batch_norm`, but not None.
-      r_max: the largest factor between the deviation of a batch and the running one, at least 1; a
-        scalar, which may be infinite.
-      d_max: the largest distance of the mean of a batch from the running one, in running
+      r_max: the largest ratio, either way, of the batch's standard deviation to the running one, at
+        least 1; a scalar, which may be infinite.
+      d_max: the largest shift of the batch's mean from the running mean, in running standard
         deviations, at least 0; a scalar, which may be infinite.
       epsilon: the number that is added to both variances, as in `batch_norm`.
 
@@ -87,7 +90,8 @@ def batch_renorm(
 
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", 2017, algorithm 1. There, the running deviation is an average of
-    deviations; here it is the root of the running variance plus epsilon.
+    deviations, as in Keras (`renorm=True`); here it is the root of the running variance plus
+    epsilon.
     """
     _checks.renorm_limit("r_max", r_max, least=1)
     _checks.renorm_limit("d_max", d_max, least=0)

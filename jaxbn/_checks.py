@@ -160,7 +160,8 @@ def renorm_limit(name: str, value: Any, least: int) -> None:
     known = known_number(value)
     is_scalar = np.ndim(value) == 0 if known is None else known >= least
     if not is_scalar:
-        raise ValueError(f"{name} must be a number of at least {least}, got {value!r}.")
+        advice = " Batch renormalization needs both r_max and d_max." if value is None else ""
+        raise ValueError(f"{name} must be a number of at least {least}, got {value!r}.{advice}")
 
 
 def estimator(name: str, value: Any) -> None:

@@ -46,11 +46,13 @@ def function_of(layer: Any) -> Callable[..., tuple[jax.Array, Any]]:
 def _renorm_limits(layer: Any) -> dict[str, Any] | None:
     """Return `r_max` and `d_max` of a layer for batch renormalization, and None for others.
 
-    In an NNX layer they may be variables.
+    A layer that has only one of them, by a rule, is meant for it too. The other limit is then None,
+    which the checks refuse. In an NNX layer they may be variables.
     """
-    if getattr(layer, "r_max", None) is None:
+    names = ("r_max", "d_max")
+    if not any(hasattr(layer, name) for name in names):
         return None
-    limits = {"r_max": layer.r_max, "d_max": getattr(layer, "d_max", None)}
+    limits: dict[str, Any] = {name: getattr(layer, name, None) for name in names}
     return {k: v.get_value() if hasattr(v, "get_value") else v for k, v in limits.items()}
 
 

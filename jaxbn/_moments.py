@@ -106,23 +106,26 @@ def local_moments(
     axes: tuple[int, ...],
 ) -> Moments:
     """Return the moments of the values on this device."""
-    zero = jnp.zeros((), x.dtype)
+    origin = jnp.zeros((), x.dtype)
 
     def in_one_reading(x: jax.Array) -> ShiftedMoments:
         if is_half(input_dtype):
-            about_zero = moments_about(zero, x, mask, input_dtype, axes)
-            return exact_if_constant(about_zero, input_dtype)
+            about_origin = moments_about(origin, x, mask, input_dtype, axes)
+            return exact_if_constant(about_origin, input_dtype)
         return moments_about(sample_mean(x, mask, axes), x, mask, input_dtype, axes)
 
     def in_separate_readings(x: jax.Array) -> ShiftedMoments:
-        expected = zero if running_mean is None else running_mean
+        expected = origin if running_mean is None else running_mean
         expected = jnp.where(jnp.isfinite(expected), expected, 0)
         return moments_in_separate_readings(x, mask, expected, input_dtype, axes)
 
     batch = _fusion.by_readings(x, one=in_one_reading, separate=in_separate_readings)
     if is_half(input_dtype):
         mean = batch.shift + batch.mean
-        return Moments(batch.n, mean, jnp.zeros_like(mean), batch.var)
+        # Zero, but of all the mapped axes of the mean: JAX fails to differentiate `vmap` over
+        # states if `mean_low` lacks an axis that its derivative has.
+        zero = jnp.zeros_like(mean)
+        return Moments(batch.n, mean, jnp.where(jnp.isnan(mean), zero, zero), batch.var)
     # A compiler may compute a fused value twice and round it differently, which would make the two
     # floats inconsistent. The barrier ensures that every use gets the same values.
     shift, mean = lax.optimization_barrier((batch.shift, batch.mean))

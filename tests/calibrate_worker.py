@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxbn.calibrate import recalibrate
 from tests.calibration import data
-from tests.calibration_processes import CASES, chain, one_layer, recalibrated
+from tests.calibration_processes import CASES, chain, one_layer, recalibrated, two_layers
 from tests.processes import join
 
 together = partial(recalibrate, processes="together")
@@ -23,6 +23,10 @@ def main(coordinator: str, process: str, out: str) -> None:
     for name, case in CASES.items():
         got = recalibrated(case, case.parts[is_last], processes="together")
         results |= leaves(name, got)
+    network, variables = chain()
+    part = np.array_split(data(), 2)[is_last]
+    got = together(network, own_statistics(variables, is_last), [part], train=True)
+    results |= leaves("own statistics", got)
     layer, variables = one_layer()
     rows = global_array(data(shape=(40, 16)), mesh, P("data"))
     shared = jax.tree.map(lambda leaf: global_array(leaf, mesh, P()), variables)
@@ -54,6 +58,8 @@ def errors(mesh, is_last):
     yield error("progress", run, variables, batches, progress=failing if is_last else False)
     no_statistics = {"params": variables["params"]}
     yield error("no statistics", run, no_statistics if is_last else variables, batches)
+    for name, (model, variables), batch in kept_statistics():
+        yield error(name, together, model, own_statistics(variables, is_last), [batch])
     layer, variables = one_layer()
     rows = global_array(data(shape=(40, 16)), mesh, P("data"))
     yield error("shared batches in together", together, layer, variables, [rows])
@@ -86,6 +92,23 @@ class Once:
 
     def __iter__(self):
         return self.batches
+
+
+def kept_statistics():
+    """Return calls that keep some running statistics: a name, a model, its variables, a batch."""
+    x = data(shape=(40, 16))
+    masked = {"x": x, "mask": np.arange(16) > 0}
+    return [
+        ("statistics of a frozen layer", two_layers(frozen=True), x),
+        ("statistics of a layer in evaluation mode", two_layers(use_running_average=True), x),
+        ("statistics of a feature without values", one_layer(), masked),
+    ]
+
+
+def own_statistics(variables, is_last):
+    """Return variables whose running statistics differ between the processes."""
+    statistics = jax.tree.map(lambda leaf: leaf + is_last, variables["batch_stats"])
+    return {**variables, "batch_stats": statistics}
 
 
 def rows_of_process(x, is_last):

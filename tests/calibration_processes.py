@@ -67,6 +67,12 @@ def one_layer():
     return layer, layer.init(jax.random.key(0), data(shape=(5, 16)))
 
 
+def two_layers(**options):
+    """Return a layer with these options before one that is calibrated."""
+    model = nn.Sequential([Norm(**options), Norm(use_running_average=False)])
+    return model, model.init(jax.random.key(0), data(shape=(5, 16)))
+
+
 def modes(*deep_and_train):
     """Return a batch for each pair."""
     batches = np.array_split(data(), len(deep_and_train))

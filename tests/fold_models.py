@@ -46,6 +46,25 @@ class StandardizedConv(nn.Module):
         return x @ (kernel / jnp.std(kernel, 0, keepdims=True)) + bias.reshape(1, 1, 1, -1)
 
 
+class WithoutBias(nn.Module):
+    """A layer that ignores a bias among its variables."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.normal(), (CHANNELS, CHANNELS))
+
+
+class OneScope(nn.Module):
+    """A module whose batch norm has its variables among those of the module."""
+
+    def setup(self):
+        self.conv, self.norm = conv(), norm()
+        nn.share_scope(self, self.norm)
+
+    def __call__(self, x):
+        return self.norm(self.conv(x))
+
+
 class Chain(nnx.Module):
     """NNX layers one after another."""
 

@@ -21,7 +21,7 @@ class Case(NamedTuple):
       linen: the module.
       nnx: makes the layer from an `nnx.Rngs`.
       shape: the shape of PyTorch's input, with features on axis 1.
-      transpose_kernel: what Linen's variables cannot tell about the layer, if anything.
+      transpose_kernel: the option of a transposed convolution, which no name shows.
     """
 
     torch: Callable[[], Any]
@@ -56,7 +56,7 @@ def conv_transpose(rank: int, inputs: int, outputs: int, transpose_kernel: bool)
         nn.ConvTranspose(outputs, window, **options),
         lambda rngs: nnx.ConvTranspose(inputs, outputs, window, **options, rngs=rngs),
         (2, inputs, 5, 6, 4)[: rank + 2],
-        transpose_kernel if inputs == outputs else None,
+        transpose_kernel,
     )
 
 

@@ -105,6 +105,26 @@ def test_limits_may_be_variables_in_nnx():
     assert layer.r_max[...] == jnp.float32(1.3)
 
 
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, jaxbn.nnx.BatchRenorm])
+def test_override_warms_up_without_recompiling_in_nnx(norm):
+    model = nnx.Sequential(randomize(norm(3, rngs=nnx.Rngs(0))))
+    compiled = []
+
+    @nnx.jit
+    def output(model):
+        compiled.append("once")
+        return nnx.clone(model)(X)
+
+    for limits in ({"r_max": 1.0, "d_max": 0.0}, LIMITS):
+        arrays = {name: jnp.array(limit) for name, limit in limits.items()}
+        jaxbn.nnx.override(model, {"**": arrays})
+        assert_close(output(model), function_step(**limits)[0], 1e-6)
+    assert compiled == ["once"]
+    jaxbn.nnx.override(model, {"**": LIMITS})
+    # Numbers are no leaves, so these filters are exhaustive.
+    nnx.split(model, nnx.Param, nnx.BatchStat)
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm, jaxbn.linen.BatchNorm, jaxbn.linen.BatchRenorm])
 def test_override_sets_the_limits_of_any_linen_layer(norm):
     layer = norm(use_running_average=False)
@@ -122,16 +142,31 @@ def test_override_sets_the_limits_of_any_nnx_layer(norm):
     assert_equal((layer(X), stats(layer)), (wanted, new))
 
 
-def test_override_needs_both_limits():
-    layer = jaxbn.linen.BatchNorm(use_running_average=False)
-    apply = jaxbn.linen.override(layer.apply, {"**": {"r_max": 2.0}})
-    with raises(ValueError, "d_max must be a number of at least 0, got None."):
-        apply(variables(), X, mutable=["batch_stats"])
+BOTH = " Batch renormalization needs both r_max and d_max."
+
+
+@pytest.mark.parametrize(
+    ("limit", "text"),
+    [
+        ({"r_max": 2.0}, "d_max must be a number of at least 0, got None." + BOTH),
+        ({"d_max": 5.0}, "r_max must be a number of at least 1, got None." + BOTH),
+    ],
+)
+def test_override_needs_both_limits(limit, text):
+    for norm in (jaxbn.linen.BatchNorm, nn.BatchNorm):
+        apply = jaxbn.linen.override(norm(use_running_average=False).apply, {"**": limit})
+        with raises(ValueError, text):
+            apply(variables(), X, mutable=["batch_stats"])
+    for norm in (jaxbn.nnx.BatchNorm, nnx.BatchNorm):
+        with raises(ValueError, text):
+            jaxbn.nnx.override(norm(3, rngs=nnx.Rngs(0)), {"**": limit})
 
 
 @pytest.mark.parametrize(
     ("limits", "text"),
     [
+        ({"r_max": None}, "r_max must be a number of at least 1, got None." + BOTH),
+        ({"d_max": None}, "d_max must be a number of at least 0, got None." + BOTH),
         ({"r_max": 0.9}, "r_max must be a number of at least 1, got 0.9."),
         ({"d_max": -1.0}, "d_max must be a number of at least 0, got -1.0."),
     ],
@@ -156,7 +191,7 @@ def test_recalibration_makes_the_correction_nothing():
 class TestKeras:
     """Keras keeps averages of deviations, not variances, apart from those that evaluation uses.
 
-    So the two agree step by step when the averages are set, and the averages of the means agree.
+    So one step agrees when the averages are set, and later the averages of the means still agree.
     """
 
     def layer(self):
@@ -168,12 +203,16 @@ class TestKeras:
             ("gamma", state["params"]["scale"]),
             ("beta", state["params"]["bias"]),
             ("renorm_mean", state["batch_stats"]["mean"]),
-            ("renorm_stddev", jnp.sqrt(state["batch_stats"]["var"] + 1e-3)),
+            ("renorm_stddev", self.deviation(state["batch_stats"]["var"])),
             ("moving_mean", state["batch_stats"]["mean"]),
+            ("moving_stddev", self.deviation(state["batch_stats"]["var"])),
             ("moving_variance", state["batch_stats"]["var"]),
         ):
             getattr(layer, name).assign(values)
         return layer
+
+    def deviation(self, var):
+        return jnp.sqrt(var + jaxbn.KERAS["epsilon"])
 
     @pytest.mark.usefixtures("standard_promotion")
     def test_outputs_and_gradients_agree(self):
@@ -191,9 +230,18 @@ class TestKeras:
         assert_close({"scale": dscale, "bias": dbias}, dparams, 2e-5)
 
     @pytest.mark.usefixtures("standard_promotion")
-    def test_the_average_of_the_means_agrees_and_that_of_the_deviations_does_not(self):
+    def test_means_are_averaged_alike_and_deviations_take_the_place_of_variances(self):
         layer = self.layer()
         layer(X, training=True)
         new = function_step(**jaxbn.KERAS)[2]
+        # A few roundings of numbers near one.
         np.testing.assert_allclose(layer.moving_mean.value, new["mean"], rtol=1e-6)
-        assert not np.allclose(layer.moving_variance.value, new["var"], rtol=1e-3)
+        old, batch = (
+            self.deviation(variables()["batch_stats"]["var"]),
+            self.deviation(X.var((0, 1))),
+        )
+        m = jaxbn.KERAS["momentum"]
+        theirs = jnp.square(m * old + (1 - m) * batch) - jaxbn.KERAS["epsilon"]
+        np.testing.assert_allclose(layer.moving_variance.value, theirs, rtol=1e-5)
+        # The mean of variances exceeds the square of the mean of deviations.
+        assert (new["var"] > theirs * 1.0005).all()

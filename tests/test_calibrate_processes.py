@@ -9,7 +9,7 @@ from jaxbn.calibrate._exchange import Message, encode, exchange
 from jaxbn.calibrate._statistics import Statistics
 from tests import processes
 from tests.calibration import TOLERANCE, data
-from tests.calibration_processes import CASES, one_layer, wanted
+from tests.calibration_processes import CASES, chain, one_layer, wanted
 from tests.close import assert_close, assert_equal
 from tests.processes import PROCESSES
 from tests.raises import raises
@@ -25,11 +25,13 @@ EXHAUSTED = (
     "ValueError: batches were exhausted by the first pass over them: give a list, or an iterable "
     "that starts again with each iter()."
 )
-OTHER_PARAMETERS = (
-    "ValueError: variables must have the same parameters in all processes, got others in process 1 "
-    "than in process 0: give all those of one, with "
+DIFFERENT = (
+    "ValueError: variables must have the same {} in all processes, got others in process 1 than in "
+    "process 0: give all those of one, with "
     "jax.experimental.multihost_utils.broadcast_one_to_all(variables)."
 )
+OTHER_PARAMETERS = DIFFERENT.format("parameters")
+OTHER_STATISTICS = DIFFERENT.format("running statistics where they are kept")
 OTHER_PASSES = (
     "ValueError: passes must be the same in all processes, got 1 in process 1 and None in process "
     "0."
@@ -57,6 +59,9 @@ ERRORS = {
     "second pass": (IN_SECOND + NO_DISK, NO_DISK),
     "exhausted": (IN_SECOND + EXHAUSTED, EXHAUSTED),
     "parameters": (OTHER_PARAMETERS, OTHER_PARAMETERS),
+    "statistics of a frozen layer": (OTHER_STATISTICS, OTHER_STATISTICS),
+    "statistics of a layer in evaluation mode": (OTHER_STATISTICS, OTHER_STATISTICS),
+    "statistics of a feature without values": (OTHER_STATISTICS, OTHER_STATISTICS),
     "passes": (OTHER_PASSES, OTHER_PASSES),
     "progress": (IN_SECOND + NO_TERMINAL, NO_TERMINAL),
     "no statistics": (IN_SECOND + NO_STATISTICS, NO_STATISTICS),
@@ -96,6 +101,13 @@ def test_arrays_of_all_processes(results):
     expected = jax.tree.leaves(recalibrate(layer, variables, [data(shape=(40, 16))]))
     for name in ("shared variables", "shared batches"):
         assert_close(leaves(results, name, len(expected)), expected, TOLERANCE["float32"])
+
+
+def test_statistics_that_are_replaced_may_differ_before(results):
+    network, variables = chain()
+    expected = jax.tree.leaves(recalibrate(network, variables, [data()], train=True))
+    got = leaves(results, "own statistics", len(expected))
+    assert_close(got, expected, TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("name", ERRORS)

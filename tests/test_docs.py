@@ -18,8 +18,9 @@ README = (ROOT / "README.md").read_text()
 NAMES = {
     "calibrate": ["merge", "recalibrate"],
     "convert": [
-        *("batch_norms_from_torch", "from_equinox", "from_haiku", "from_keras", "from_torch"),
-        *("to_equinox", "to_haiku", "to_keras", "to_torch"),
+        *("batch_norms_from_keras", "batch_norms_from_torch", "from_equinox", "from_haiku"),
+        *("from_keras", "from_torch", "load_batch_norms", "load_torch", "put_batch_norms"),
+        *("to_equinox", "to_haiku", "to_keras", "to_torch", "variables_from_torch"),
     ],
     "inference": ["find_pairs", "fold", "fold_linen", "fold_nnx"],
     "linen": ["BatchNorm", "BatchRenorm", "override"],

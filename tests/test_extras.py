@@ -14,6 +14,8 @@ from train_examples.common.errors import needs_extra
         ("orbax", "fold", ("--help",)),
         ("matplotlib", "questions", ("--help",)),
         ("optax", "recalibrate", ("--help",)),
+        ("optax", "recalibrate.ema", ("--help",)),
+        ("rich", "recalibrate.passes", ("--help",)),
         ("sklearn", "small_batches", ("--help",)),
         ("sklearn", "data_parallel", ()),
     ],

@@ -59,6 +59,10 @@ CASES = {
     ),
     "frozen": (lambda x: jaxbn.linen.BatchNorm(False, frozen=True)(conv()(x)), FIRST),
     "identities": (lambda x: norm()(checkpoint_name(conv()(x), "saved")), FIRST),
+    "identities in evaluation": (
+        lambda x: norm()(jax.lax.optimization_barrier(jax.lax.stop_gradient(conv()(x)))),
+        FIRST,
+    ),
     "another layer": (lambda x: norm()(nn.GroupNorm(2)(conv()(x))), {}),
     "norm first": (norm_first, {}),
     "no norm": (lambda x: conv()(x), {}),
@@ -102,6 +106,17 @@ def test_layers_of_setup_are_in_the_order_of_their_calls():
         got = find_pairs(model, shapes, example, train=False)
         assert list(got.items()) == list(wanted.items())
     assert find_pairs(model, shapes, (shape, False)) == wanted
+
+
+def test_a_model_that_asks_whether_it_may_write_statistics():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            is_training = self.is_mutable_collection("batch_stats")
+            return nn.BatchNorm(not is_training)(conv()(x))
+
+    model, x = Model(), images()
+    assert find_pairs(model, model.init(jax.random.key(0), x), x) == FIRST
 
 
 def test_a_compiled_model_that_has_run_before_is_traced_anew():

@@ -25,6 +25,7 @@ from tests.fold_models import (
     norm,
     variables_of,
 )
+from tests.raises import raises
 
 
 def no_norm(**options):
@@ -161,6 +162,26 @@ class TestCalls:
         # Sums of 36 products in float32, and about ten roundings more.
         np.testing.assert_allclose(got, expected, atol=2 * 46 * 2.0**-24 * np.abs(expected).max())
 
+    def test_a_layer_that_shares_its_scope(self):
+        class Shared(nn.Module):
+            norm: Any = norm
+            use_bias: bool = False
+
+            def setup(self):
+                self.conv, self.bn = conv(use_bias=self.use_bias), self.norm()
+                nn.share_scope(self, self.conv)
+
+            def __call__(self, x):
+                return self.bn(self.conv(x))
+
+        model, variables, x = linen(lambda x: Shared(name="block")(x))
+        folded = fold_linen(variables, model=model, example=x)
+        assert set(folded["params"]["block"]) == {"kernel", "bias"}
+        without = Model(lambda x: Shared(norm=lambda: no_norm(), use_bias=True, name="block")(x))
+        got, expected = without.apply(folded, x), model.apply(variables, x)
+        # Sums of 36 products in float32, and about ten roundings more.
+        np.testing.assert_allclose(got, expected, atol=2 * 46 * 2.0**-24 * np.abs(expected).max())
+
 
 class TestTheCheckOnTheExample:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -184,6 +205,20 @@ class TestTheCheckOnTheExample:
         got = fold_linen(variables, model=model, example=x)
         assert_equal(got, fold_linen(variables, {"Conv_0": "BatchNorm_0"}, epsilon=1e-3))
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_it_allows_for_the_rounding_of_stored_values(self, dtype):
+        """A checkpoint in half precision, for inputs and computations in float32."""
+        model, variables, x = linen(lambda x: norm()(conv()(x)))
+        variables["params"]["Conv_0"] = lively(variables["params"]["Conv_0"], dtype)
+        folded = fold_linen(variables, model=model, example=x)
+        assert folded["params"]["Conv_0"]["kernel"].dtype == dtype
+        assert_equal(folded, fold_linen(variables, {"Conv_0": "BatchNorm_0"}, epsilon=1e-3))
+
+        model, variables, x = linen(lambda x: norm()(StandardizedConv(name="conv")(x)))
+        variables["params"]["conv"] = lively(variables["params"]["conv"], dtype)
+        with pytest.raises(ValueError, match="times what rounding explains"):
+            fold_linen(variables, model=model, example=x)
+
     def test_a_layer_that_is_not_linear_in_its_kernel(self):
         model, variables, x = linen(lambda x: norm()(StandardizedConv(name="conv")(x)))
         assert find_pairs(model, variables, x) == {"conv": "BatchNorm_0"}
@@ -200,6 +235,23 @@ class TestTheCheckOnTheExample:
         )
         assert text.startswith(start) and text.endswith(end)
         assert float(text.removeprefix(start).removesuffix(end)) > 1000
+
+    @pytest.mark.parametrize(
+        "value, why",
+        [
+            (0, "the input of Conv_0 is zero"),
+            (np.nan, "the output of BatchNorm_0 has no finite value"),
+        ],
+    )
+    def test_an_example_on_which_nothing_can_be_checked(self, value, why):
+        """A layer without a bias maps zeros to zeros, whatever its kernel is."""
+        model, variables, x = linen(lambda x: norm()(conv(use_bias=False)(x)))
+        with raises(
+            ValueError,
+            f"example must be one on which the folded layers can be checked, but {why}. Pass an "
+            f"input from the data, or leave this pair out of pairs.",
+        ):
+            fold_linen(variables, model=model, example=jnp.full_like(x, value))
 
     def test_folded_values_out_of_range(self):
         model, variables, x = linen(

@@ -8,8 +8,18 @@ import jax.numpy as jnp
 import pytest
 
 import jaxbn.linen
-from jaxbn.inference import fold_linen
-from tests.fold_models import CHANNELS, Block, conv, linen, norm
+from jaxbn.inference import find_pairs, fold_linen
+from tests.fold_models import (
+    CHANNELS,
+    Block,
+    OneScope,
+    WithoutBias,
+    conv,
+    images,
+    linen,
+    norm,
+    variables_of,
+)
 from tests.raises import raises
 
 
@@ -68,7 +78,34 @@ def derived_layer(x):
     return norm()(Doubled(CHANNELS, (3, 3), name="conv")(x))
 
 
+def in_vmap(x):
+    layer, after = nn.Dense(CHANNELS), norm()
+    return jax.vmap(lambda x: after(layer(x)), -2, -2)(x)
+
+
+def equal_compiled_blocks(x):
+    block = nn.jit(Block)
+    return block()(block()(x)[0])[0]
+
+
+def active_dropout(x):
+    def dropout(x, rate=0.5):
+        kept = jax.random.bernoulli(jax.random.key(0), 1 - rate, x.shape)
+        return jnp.where(kept, x / (1 - rate), 0)
+
+    return norm()(dropout(conv()(x)))
+
+
 REFUSED = {
+    (lambda x: norm()(WithoutBias(name="layer")(x))): "nothing can be folded into layer: it has no "
+    "bias, and is not a layer of Flax",
+    (lambda x: OneScope(name="block")(x)): "block shares its scope with another module "
+    "(nn.share_scope)",
+    in_vmap: "BatchNorm_0 is called inside a map: its input has the shape (2, 6, 4) in the call "
+    "and (5, 2, 6, 4) in the model, as inside jax.vmap",
+    equal_compiled_blocks: "JitBlock_1/BatchNorm_0 is compiled once and called 2 times, as are "
+    "equal blocks of one nn.jit class",
+    active_dropout: "div, an active dropout stand between Conv_0 and BatchNorm_0",
     relu_between: "relu stands between Conv_0 and BatchNorm_0",
     two_consumers: "the output of Conv_0 also goes to Conv_1",
     output_too: "the output of Conv_0 is also an output of the model",
@@ -98,6 +135,26 @@ def test_a_batch_norm_that_cannot_be_folded(call):
     model, variables, x = linen(call)
     with raises(ValueError, f"model has a batch norm that cannot be folded: {REFUSED[call]}."):
         fold_linen(variables, model=model, example=x)
+
+
+def test_a_kernel_at_the_top_of_the_variables():
+    class Model(nn.Module):
+        def setup(self):
+            self.conv, self.norm = conv(), norm()
+            nn.share_scope(self, self.conv)
+
+        def __call__(self, x):
+            return self.norm(self.conv(x))
+
+    x = images()
+    variables = variables_of(Model(), x)
+    assert find_pairs(Model(), variables, x) == {}
+    with raises(
+        ValueError,
+        "model has a batch norm that cannot be folded: nothing can be folded into the model: its "
+        "kernel is not in a module below it.",
+    ):
+        fold_linen(variables, model=Model(), example=x)
 
 
 def test_several_batch_norms():

@@ -142,6 +142,16 @@ def test_all_problems_are_listed():
         )
 
 
+def test_a_misspelt_path_is_named():
+    with raises(
+        ValueError,
+        "layers does not fit the batch norms of the model: names has paths at which the model has "
+        "no variables: 'secnd'; names lacks 'second' (scale, mean, var, count); no batch norm "
+        "takes layers['bn2'].",
+    ):
+        convert.put_batch_norms(initial(), layers(), {"first": "bn1", "secnd": "bn2"})
+
+
 def test_wrong_types():
     with raises(TypeError, "layers must be a mapping, got list."):
         convert.put_batch_norms(initial(), [])

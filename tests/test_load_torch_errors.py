@@ -69,6 +69,13 @@ CASES = {
         "takes 'bn1.bias'; no variable takes 'bn1.running_mean'; no variable takes "
         "'bn1.running_var'; no variable takes 'bn1.num_batches_tracked'",
     ),
+    "misspelt paths": (
+        state_dict(),
+        {"names": {"conv": "conv1", "block.norm": "bn1", "fc": "head"}, "unused": ["bn1", "fc"]},
+        "names has paths at which the model has no variables: 'block.norm', 'fc' (paths are "
+        "written with '/'); names lacks 'norm' (scale, bias, mean, var); names lacks 'head' "
+        "(kernel, bias)",
+    ),
     "shapes": (
         state_dict(
             conv1__weight=np.zeros((4, 2, 5, 5), np.float32),
@@ -153,6 +160,25 @@ def test_a_square_transposed_kernel_has_to_be_told():
     }
     with pytest.raises(AssertionError):
         assert_same(found[False], found[True])
+
+
+def test_exchanged_kernels_of_an_autoencoder_are_not_taken_for_transposed_ones():
+    shapes = {"encoder": (3, 3, 2, 4), "decoder": (3, 3, 4, 2)}
+    variables = {"params": {name: {"kernel": jnp.ones(s)} for name, s in shapes.items()}}
+    values = {"a.weight": np.ones((4, 2, 3, 3)), "b.weight": np.ones((2, 4, 3, 3))}
+    problem = (
+        "{!r} has shape {}, {} in Flax's layout, but {}/kernel has shape {} (if {!r} is a "
+        "ConvTranspose, pass transpose_kernel={{{!r}: False}})"
+    )
+    encoder = ("b.weight", (2, 4, 3, 3), (3, 3, 4, 2), "encoder", shapes["encoder"])
+    decoder = ("a.weight", (4, 2, 3, 3), (3, 3, 2, 4), "decoder", shapes["decoder"])
+    problems = [problem.format(*case, case[3], case[3]) for case in (encoder, decoder)]
+    with with_message("; ".join(problems)):
+        convert(values, {"encoder": "b", "decoder": "a"}, variables)
+    result = convert(values, {"encoder": "a", "decoder": "b"}, variables)
+    assert jax.tree.map(jnp.shape, result["params"]) == {
+        k: {"kernel": s} for k, s in shapes.items()
+    }
 
 
 def test_an_nnx_model_is_unchanged_after_an_error():

@@ -1,11 +1,7 @@
-"""The identities of docs/recipes.md, in float64."""
+"""The identities of docs/recipes.md, in float64, with the functions that the page defines."""
 
-import re
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +10,10 @@ import pytest
 
 import jaxbn
 import jaxbn.linen
-from jaxbn.calibrate import merge
+from jaxbn.calibrate import merge, recalibrate
+from tests.calibration import Chain, Norm
 from tests.close import assert_close, assert_equal
+from tests.pages import run_sections
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -36,19 +34,19 @@ def problem():
     return params, state, x
 
 
-def recipes():
-    """Return the functions that the page defines, whose example is in float32."""
-    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
-    names: dict = {}
-    with jax.enable_x64(False):
-        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:3]:
-            exec(compile(block, "recipes.md", "exec"), names)
-    return names
+def recipe(*headings):
+    return run_sections("recipes.md", *headings)
 
 
 def loss(params, state, x, **options):
     y, new = jaxbn.batch_norm(params, state, x, True, **options)
     return jnp.mean(jnp.sin(y)), (y, new)
+
+
+def tracked_loss(params, state, x):
+    """Return the loss and the new state, as the page's functions take them."""
+    value, (_, new) = loss(params, state, x)
+    return value, new
 
 
 gradient = jax.grad(loss, has_aux=True)
@@ -57,7 +55,8 @@ gradient = jax.grad(loss, has_aux=True)
 class TestAccumulatedGradients:
     def test_micro_batches_equal_one_batch_with_ghost_batches(self):
         params, state, x = problem()
-        got, new = recipes()["accumulate"](params, state, x)
+        accumulate = recipe("Accumulated gradients")["accumulate"]
+        got, new = accumulate(tracked_loss, params, state, x)
         whole = x.reshape(K * N, FEATURES)
         wanted, (y, wanted_new) = gradient(params, state, whole, virtual_batch_size=N)
         assert_close((got, new), (wanted, wanted_new), TOLERANCE)
@@ -66,16 +65,14 @@ class TestAccumulatedGradients:
 
     @pytest.mark.usefixtures("standard_promotion")
     def test_with_optax(self):
-        """`MultiSteps` averages the gradients, and the state waits for the last micro-batch."""
         params, state, x = problem()
         tx = optax.MultiSteps(optax.sgd(0.1), K, accumulator_dtype=jnp.float64)
-        optimizer, trained, states = tx.init(params), params, []
-        for part in x:
-            gradients, (_, new) = gradient(trained, state, part)
-            updates, optimizer = tx.update(gradients, optimizer, trained)
-            trained = optax.apply_updates(trained, updates)
-            states.append(new)
-        new_state = jax.tree.map(lambda *leaves: sum(leaves) / K, *states)
+        with_multi_steps = recipe("Accumulated gradients")["with_multi_steps"]
+        trained, new_state = with_multi_steps(tracked_loss, tx, params, state, x, K)
+        # The second update begins from the result of the first.
+        again, _ = with_multi_steps(tracked_loss, tx, trained, new_state, x, K)
+        twice = with_multi_steps(tracked_loss, tx, params, state, [*x, *x], K)[0]
+        assert_close(twice, again, TOLERANCE)
 
         whole = x.reshape(K * N, FEATURES)
         gradients, (_, wanted_state) = gradient(params, state, whole, virtual_batch_size=N)
@@ -102,7 +99,7 @@ class TestDomains:
         }
         whole = x.reshape(K * N, FEATURES)
         domain = jnp.asarray(np.random.default_rng(1).integers(0, 2, K * N))
-        by_domain = recipes()["by_domain"]
+        by_domain = recipe("Two domains, or K")["by_domain"]
         y, new = by_domain(params, states, whole, domain, train)
         for k in range(2):
             state = jax.tree.map(lambda leaf, k=k: leaf[k], states)
@@ -114,11 +111,21 @@ class TestDomains:
         # No example of the third domain is in the batch.
         assert_equal(*(jax.tree.map(lambda leaf: leaf[2], tree) for tree in (new, states)))
 
+    def test_other_domains_are_not_normalized(self):
+        params, state, x = problem()
+        states = jax.tree.map(lambda leaf: leaf[None], state)
+        domain = jnp.where(jnp.arange(N) < 4, -1, 0).at[0].set(7)
+        y, new = recipe("Two domains, or K")["by_domain"](params, states, x[0], domain, True)
+        wanted, wanted_state = jaxbn.batch_norm(params, state, x[0, 4:], True)
+        assert_close(y[4:], wanted, TOLERANCE)
+        assert_equal(y[:4], jnp.broadcast_to(params["bias"], y[:4].shape))
+        assert_close(jax.tree.map(lambda leaf: leaf[0], new), wanted_state, TOLERANCE)
+
     def test_gradients_are_those_of_the_parts(self):
         params, state, x = problem()
         states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), state)
         whole, domain = x.reshape(K * N, FEATURES), jnp.arange(K * N) % 2
-        by_domain = recipes()["by_domain"]
+        by_domain = recipe("Two domains, or K")["by_domain"]
 
         def together(params, x):
             return jnp.sum(jnp.sin(by_domain(params, states, x, domain, True)[0]))
@@ -135,28 +142,66 @@ def test_ensembles_equal_their_members():
     params, state, x = problem()
     members = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, leaf - 1]), params)
     states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1, 3 * leaf]), state)
-    got = jax.vmap(gradient, in_axes=(0, 0, None))(members, states, x[0])
+    step = recipe("Ensembles")["step"]
+
+    def run(params, state, x):
+        y, vjp, new = jax.vjp(lambda params, x: step(params, state, x), params, x, has_aux=True)
+        return y, vjp(jnp.sin(y)), new
+
+    got = jax.vmap(run, in_axes=(0, 0, None))(members, states, x[0])
     for i in range(3):
         member, member_state = (jax.tree.map(lambda v, i=i: v[i], t) for t in (members, states))
-        wanted = gradient(member, member_state, x[0])
+        wanted = run(member, member_state, x[0])
         assert_close(jax.tree.map(lambda v, i=i: v[i], got), wanted, TOLERANCE)
 
 
-def test_a_second_pass_has_training_s_outputs_and_gradients_and_tracks_nothing():
-    model = nn.BatchNorm(use_running_average=False, param_dtype=jnp.float64)
-    params, state, x = problem()
-    second = jaxbn.linen.override(model.apply, {"**": {"track": False}})
-    tracking = jaxbn.linen.override(model.apply, {"**": {"track": True}})
+SECOND_PASSES = "Second passes: SAM, VAT, adversarial training"
 
-    def run(apply, params, x):
-        y, updates = apply({"params": params, "batch_stats": state}, x, mutable=["batch_stats"])
-        return jnp.sum(jnp.sin(y)), (y, updates["batch_stats"])
 
-    got, (y, new) = jax.grad(partial(run, second), (0, 1), has_aux=True)(params, x[0])
-    wanted, (wanted_y, moved) = jax.grad(partial(run, tracking), (0, 1), has_aux=True)(params, x[0])
-    assert_equal((got, y), (wanted, wanted_y))
-    assert_equal(new, state)
-    assert not np.allclose(moved["mean"], state["mean"])
+class TestSecondPasses:
+    @pytest.fixture
+    def names(self, monkeypatch):
+        """Return the names of the page, whose model has other variables, in float64."""
+        names = recipe(SECOND_PASSES)
+        rng = np.random.default_rng(0)
+        variables = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.uniform(0.5, 2, leaf.shape)), names["variables"]
+        )
+        monkeypatch.setitem(names, "variables", variables)
+        monkeypatch.setitem(names, "x", jnp.asarray(rng.normal(2, 3, (64, 8))))
+        return names
+
+    def test_they_have_training_s_outputs_and_track_nothing(self, names):
+        variables, call = names["variables"], {"train": True, "mutable": ["batch_stats"]}
+        tracking = jaxbn.linen.override(names["model"].apply, {"**": {"track": True}})
+        wanted, moved = tracking(variables, names["x"], **call)
+        y, kept = names["second"](variables, names["x"], **call)
+        assert_equal(y, wanted)
+        assert_equal(kept["batch_stats"], variables["batch_stats"])
+        mean = moved["batch_stats"]["BatchNorm_0"]["mean"]
+        assert not np.allclose(mean, variables["batch_stats"]["BatchNorm_0"]["mean"])
+
+    @pytest.mark.usefixtures("standard_promotion")
+    def test_sam_takes_the_gradient_of_training_at_the_worst_point(self, names):
+        params, statistics = names["variables"]["params"], names["variables"]["batch_stats"]
+
+        def loss(params):
+            y, updates = names["model"].apply(
+                {"params": params, "batch_stats": statistics},
+                names["x"],
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return jnp.mean(y**4), updates
+
+        ascent, wanted_updates = jax.grad(loss, has_aux=True)(params)
+        length = optax.tree.norm(ascent)
+        worst = jax.tree.map(lambda p, g: p + 0.3 * g / length, params, ascent)
+        wanted = jax.grad(loss, has_aux=True)(worst)[0]
+        got, updates = names["sam_gradient"](params, rho=0.3)
+        # Flax's layer, which the model has in its first pass, takes the variance from squares.
+        assert_close(got, wanted, 1e-11, of_largest=True)
+        assert_equal(updates, wanted_updates)
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -200,19 +245,47 @@ def test_merged_states_of_clients_are_those_of_all_data():
     assert not np.allclose(np.mean([s["var"] for s in states], 0), wanted["var"], rtol=0.1)
 
 
-def test_a_schedule_of_the_momentum_makes_the_mean_of_the_steps():
+def test_merging_clients_of_a_network_is_exact_in_the_first_layer_alone():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(60, 4)) + np.linspace(-2, 2, 60)[:, None])
+    network = Chain(norm=Norm)
+    variables = network.init(jax.random.key(0), x.astype(jnp.float32), train=False)
+    variables = jax.tree.map(lambda leaf: leaf.astype(x.dtype), variables)
+
+    def exact(*batches):
+        return recalibrate(network, variables, batches, train=False)["batch_stats"]
+
+    clients = x[:20], x[20:]
+    merged = merge([exact(part) for part in clients], [20, 40])
+    wanted = exact(*clients)
+    assert_close(merged["BatchNorm_0"], wanted["BatchNorm_0"], TOLERANCE)
+    later = ("BatchNorm_1", "BatchNorm_2", "BatchNorm_3")
+    assert not any(np.allclose(merged[k]["var"], wanted[k]["var"], rtol=0.1) for k in later)
+
+
+SCHEDULE = "A schedule of the momentum"
+
+
+def test_a_schedule_of_the_momentum_makes_the_mean_of_the_steps(monkeypatch):
     params, state, x = problem()
-
-    @jax.jit
-    def train_step(state, x, step):
-        return jaxbn.batch_norm(params, state, x, True, momentum=(step - 1) / step)[1]
-
+    names = recipe(SECOND_PASSES, SCHEDULE)
+    monkeypatch.setitem(names, "params", params)
+    train_step = names["train_step"]
+    compiled = train_step._cache_size()
     counted = state | {"count": jnp.zeros((), jnp.int32)}
     for step, part in enumerate(x, 1):
         state = train_step(state, part, jnp.float64(step))
         options = {"momentum": None, "running_variance": "unbiased"}
         counted = jaxbn.batch_norm(params, counted, part, True, **options)[1]
-    assert train_step._cache_size() == 1
+    assert train_step._cache_size() == compiled + 1
     wanted = {"mean": x.mean((0, 1)), "var": x.var(1, ddof=1).mean(0)}
     assert_close(state, wanted, TOLERANCE)
     assert_close({k: counted[k] for k in wanted}, wanted, TOLERANCE)
+
+
+def test_the_schedule_sets_the_momentum_of_layers():
+    names = recipe(SECOND_PASSES, SCHEDULE)
+    # With momentum 0, the statistics become those of the batch.
+    forgetful = jaxbn.linen.override(names["model"].apply, {"**": {"momentum": 0.0}})
+    _, wanted = forgetful(names["variables"], names["x"], train=True, mutable=["batch_stats"])
+    # Compiled, sums of 64 values in float32 may be rounded in another order.
+    assert_close(names["updates"], wanted, 1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from train_examples.small_batches import __main__ as command
-from train_examples.small_batches.train import METHODS
+from train_examples.small_batches.train import METHODS, NETWORKS
 
 
 def test_prints_and_draws_what_it_measures(tmp_path):
@@ -16,11 +16,11 @@ def test_prints_and_draws_what_it_measures(tmp_path):
     with contextlib.redirect_stdout(printed):
         argv = ["--epochs", "1", "--seeds", "1", "--sizes", "16", "--out", str(tmp_path)]
         accuracies = command.main(argv)
-    assert accuracies.shape == (len(METHODS), 1, 1)
+    assert accuracies.shape == (len(NETWORKS), len(METHODS), 1, 1)
     # Guessing is right in a tenth of the cases.
     assert accuracies.min() > 0.5
     # The methods are different ones.
-    assert len(np.unique(accuracies)) > 1
+    assert all(len(np.unique(of_network)) > 1 for of_network in accuracies)
     for accuracy in accuracies.flat:
         assert f"{accuracy:.2%}" in re.sub(r"\s+", " ", printed.getvalue())
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
@@ -30,6 +30,7 @@ def test_prints_and_draws_what_it_measures(tmp_path):
     ("argv", "text"),
     [
         (["--epochs", "0"], "error: --epochs must be at least 1, got 0."),
+        (["--sizes", "1", "8"], "error: --sizes must be at least 2, got 1."),
         (["--sizes", "2", "65"], "error: --sizes must be at most 64, got 65."),
     ],
 )

@@ -111,7 +111,8 @@ def recalibrate(
         frozen; there is one value per feature, which has no unbiased variance; statistics are not
         finite; a batch norm is in a loop that carries its statistics; `passes`,
         `running_variance` or `processes` has another value. With `processes="together"`: parameters
-        or `passes` differ between processes, or arrays are divided among them.
+        or `passes` differ between processes, or running statistics that are kept do, or arrays are
+        divided among them.
       ModuleNotFoundError: `progress` is True and rich is not installed.
       RuntimeError: the call failed in another process. The text says where and why.
 

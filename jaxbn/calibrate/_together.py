@@ -37,7 +37,7 @@ def recalibrate_together(
     def prepare() -> tuple[Message, tuple[ObservableModel, Iterable[Any], AbstractContextManager]]:
         observed = observable(model, variables, apply_kwargs)
         observed = observed._replace(variables=local_copies(observed.variables))
-        digest = f"{options.passes} {_digest(_parameters(observed.variables))}"
+        digest = _digest(_parameters(observed.variables))
         own_batches = LocalBatches(repeatable(batches))
         return Message(digest=digest), (observed, own_batches, reporting(options.progress))
 
@@ -48,15 +48,20 @@ def recalibrate_together(
     def finish() -> tuple[Message, Tree]:
         old = observed.statistics
         new = replaced(old, calls, options.running_variance)
-        return Message(), observed.replace_statistics(shared_like(old, new))
+        return Message(digest=_digest(new)), observed.replace_statistics(shared_like(old, new))
 
     messages, (observed, own_batches, shown) = _in_all(prepare)
-    _check_digests(messages)
+    _check_digests(messages, "parameters")
+    messages, _ = _in_all(lambda: (Message(digest=str(options.passes)), None))
+    _check_passes(messages)
     with shown as report:
         calls, _ = exact_statistics(
             observed, own_batches, gather, most_passes=options.passes, report=report
         )
-    return _in_all(finish)[1]
+    messages, new_variables = _in_all(finish)
+    # Those that are replaced may differ before, as they do without a mapped axis in training.
+    _check_digests(messages, "running statistics where they are kept")
+    return new_variables
 
 
 def _in_all(step: Callable[[], tuple[Message, T]]) -> tuple[list[Message], T]:
@@ -102,20 +107,23 @@ def _digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def _check_digests(messages: list[Message]) -> None:
+def _check_passes(messages: list[Message]) -> None:
+    """Check `passes`, since otherwise a process would wait for others that have finished."""
     first = messages[0]
-    passes = first.digest.split()[0]
     for message in messages:
-        own_passes = message.digest.split()[0]
-        if own_passes != passes:
-            # Otherwise a process would wait for others that have finished.
-            raise ValueError(
-                f"passes must be the same in all processes, got {own_passes} in process "
-                f"{message.process} and {passes} in process {first.process}."
-            )
         if message.digest != first.digest:
             raise ValueError(
-                f"variables must have the same parameters in all processes, got others in process "
+                f"passes must be the same in all processes, got {message.digest} in process "
+                f"{message.process} and {first.digest} in process {first.process}."
+            )
+
+
+def _check_digests(messages: list[Message], what: str) -> None:
+    first = messages[0]
+    for message in messages:
+        if message.digest != first.digest:
+            raise ValueError(
+                f"variables must have the same {what} in all processes, got others in process "
                 f"{message.process} than in process {first.process}: give all those of one, with "
                 f"jax.experimental.multihost_utils.broadcast_one_to_all(variables)."
             )

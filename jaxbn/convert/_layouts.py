@@ -28,14 +28,23 @@ def arranged(slot: Slot, value: Any, sizes: Sequence[int] | None = None) -> Any:
 
 
 def is_ambiguous(slot: Slot, value: Any) -> bool:
-    """Return whether a kernel could be in either layout of a transposed convolution.
+    """Return whether a kernel could be in either layout of a transposed convolution."""
+    if slot.leaf != "kernel" or value.ndim < 3:
+        return False
+    return _is_transposed_by_name(slot) and value.shape[0] == value.shape[1]
 
-    Only Linen's own name shows that the layer is one.
-    """
-    name = slot.layer.rpartition("/")[2]
+
+def fits_only_transposed(slot: Slot, value: Any) -> bool:
+    """Return whether a kernel that does not fit would, if its layer were a `ConvTranspose`."""
     if slot.layout is not None or slot.leaf != "kernel" or value.ndim < 3:
         return False
-    return name.startswith("ConvTranspose_") and value.shape[0] == value.shape[1]
+    return value.shape[2:] + value.shape[:2] == slot.shape
+
+
+def _is_transposed_by_name(slot: Slot) -> bool:
+    """Return whether Linen's own name is all that shows that a layer is a `ConvTranspose`."""
+    name = slot.layer.rpartition("/")[2]
+    return slot.layout is None and name.startswith("ConvTranspose_")
 
 
 def _kernel(slot: Slot, value: Any) -> Any:
@@ -53,9 +62,11 @@ def _kernel(slot: Slot, value: Any) -> Any:
     # `transpose_kernel=True` stores the kernel of the convolution whose gradient the layer
     # computes, as PyTorch does. Otherwise, the layer is a convolution of a dilated input, whose
     # window points the other way.
-    if slot.layout != "plain":
+    # Whether a layer with a name of its own is transposed is not guessed from the shape: a
+    # convolution's kernel with inputs and outputs exchanged, of a wrong pair, has the same one.
+    if slot.layout == "transposed" or _is_transposed_by_name(slot):
         flipped = value.transpose(*window, 0, 1)[(slice(None, None, -1),) * len(window)]
-        if slot.layout == "transposed" or plain.shape != slot.shape == flipped.shape:
+        if slot.layout == "transposed" or flipped.shape == slot.shape:
             return flipped
     # A convolution with a window of one value is a linear layer.
     is_dense = len(slot.shape) == 2 and math.prod(plain.shape[:-2]) == 1

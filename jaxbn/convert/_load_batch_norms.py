@@ -117,10 +117,12 @@ def _values(
     with_mean, with_var = (
         {slot.layer for slot in slots.values() if slot.leaf == leaf} for leaf in _checks.STATISTICS
     )
+    all_slots = slots
     slots = {k: slot for k, slot in slots.items() if slot.layer in with_mean & with_var}
     wanted = {k: slot for k, slot in slots.items() if not is_under(slot.path, kept, "/")}
     problems = _slot_checks.kept_problems(slots, kept)
-    problems += _slot_checks.unnamed_problems(s for s in wanted.values() if s.layer not in names)
+    unnamed = [slot for slot in wanted.values() if slot.layer not in names]
+    problems += _slot_checks.unnamed_problems(unnamed, names, all_slots)
     problems += _unplaced(given, slots, wanted, names)
     values = {}
     for key, slot in wanted.items():

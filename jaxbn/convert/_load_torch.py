@@ -53,9 +53,10 @@ def variables_from_torch(
       flattened: for each layer that follows a flattening of images, its path and the sizes of an
         example before it in PyTorch, (C, H, W). PyTorch flattens channels first and Flax channels
         last, so the layer's inputs are reordered. No shape shows that this is needed.
-      transpose_kernel: the option of this name of `ConvTranspose` layers, by path. It is needed
-        only where the numbers of input and output features are equal, as shapes then do not tell
-        such a layer from a convolution, for which it is taken.
+      transpose_kernel: the option of this name of `ConvTranspose` layers, by path. Pass it for
+        each such layer with a name of its own, which is otherwise taken for a convolution, and
+        where the numbers of input and output features are equal, as shapes then do not show the
+        layout.
       unused: the names of PyTorch's modules or entries that the Flax model does not have.
       kept: the paths of layers or arrays that keep the values in `variables`, such as a new head.
 

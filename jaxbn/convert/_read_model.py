@@ -8,7 +8,7 @@ import jax
 
 from jaxbn import _checks
 from jaxbn.convert import _entries, _slot_checks
-from jaxbn.convert._layouts import arranged, is_ambiguous
+from jaxbn.convert._layouts import arranged, fits_only_transposed, is_ambiguous
 from jaxbn.convert._slots import Slot, Slots, is_under, to_jax
 
 # Flax's names of arrays that PyTorch calls otherwise. All others have the same name.
@@ -44,7 +44,8 @@ def read_model(
 
     entries = {key: _entry(slot, names) for key, slot in slots.items()}
     wanted = {k: slot for k, slot in slots.items() if not is_under(slot.path, kept, "/")}
-    problems = _slot_checks.unnamed_problems(s for k, s in wanted.items() if entries[k] is None)
+    unnamed = [slot for key, slot in wanted.items() if entries[key] is None]
+    problems = _slot_checks.unnamed_problems(unnamed, names, slots)
     problems += _slot_checks.kept_problems(slots, kept)
     problems += _unknown_layers(slots, flattened)
 
@@ -92,7 +93,13 @@ def _converted(
             f"has"
         ]
     value = arranged(slot, given, sizes)
-    return value, _slot_checks.value_problems(slot, repr(entry), value, given)
+    problems = _slot_checks.value_problems(slot, repr(entry), value, given)
+    if problems and fits_only_transposed(slot, given):
+        problems[-1] += (
+            f" (if {slot.layer!r} is a ConvTranspose, pass transpose_kernel={{{slot.layer!r}: "
+            f"False}})"
+        )
+    return value, problems
 
 
 def _left_over(

@@ -47,12 +47,31 @@ def kept_problems(slots: Slots, kept: Collection[str]) -> list[str]:
     ]
 
 
-def unnamed_problems(slots: Iterable[Slot]) -> list[str]:
-    """Return the problem that slots have no name, for each layer."""
+def unnamed_problems(slots: Iterable[Slot], names: Iterable[str], all_slots: Slots) -> list[str]:
+    """Return the problem that slots have no name, for each layer.
+
+    Args:
+      slots: those without a name.
+      names: the paths that have names. If a name is lacking, one of them may be misspelt.
+      all_slots: the slots of the model.
+    """
     layers: dict[str, list[str]] = {}
     for slot in slots:
         layers.setdefault(slot.layer, []).append(slot.leaf)
-    return [f"names lacks {layer!r} ({', '.join(ls)})" for layer, ls in layers.items()]
+    problems = [f"names lacks {layer!r} ({', '.join(ls)})" for layer, ls in layers.items()]
+    # What explains the others comes first, as only the first problems are shown.
+    return _unknown_paths(names, all_slots) + problems if problems else []
+
+
+def _unknown_paths(names: Iterable[str], slots: Slots) -> list[str]:
+    paths = [slot.path for slot in slots.values()]
+    unknown = [n for n in names if not any(is_under(path, (n,), "/") for path in paths) and n]
+    if not unknown:
+        return []
+    more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+    listed = ", ".join(map(repr, unknown[:_SHOWN])) + more
+    hint = " (paths are written with '/')" if any("." in path for path in unknown) else ""
+    return [f"names has paths at which the model has no variables: {listed}{hint}"]
 
 
 def value_problems(slot: Slot, label: str, value: Array, given: Array | None = None) -> list[str]:

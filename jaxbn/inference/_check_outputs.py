@@ -31,6 +31,20 @@ class Replacement(NamedTuple):
     magnitudes: Entries
 
 
+class _Comparison(NamedTuple):
+    """How the outputs of a pair compare.
+
+    Attributes:
+      excess: the largest difference as a multiple of its tolerance.
+      has_input: whether an input of the layer has a value other than zero.
+      has_output: whether the output of the batch norm has a finite value.
+    """
+
+    excess: Any
+    has_input: Any
+    has_output: Any
+
+
 def check_outputs(traced: TracedModel, replacements: Sequence[Replacement]) -> None:
     """Compare the output of each folded layer with that of its batch norm, on the example input.
 
@@ -43,8 +57,15 @@ def check_outputs(traced: TracedModel, replacements: Sequence[Replacement]) -> N
     entries = [(new.folded, new.magnitudes) for new in replacements]
     pairs = [new.pair for new in replacements]
     with jax.default_matmul_precision("highest"):
-        excesses = jax.jit(partial(_excesses, traced, pairs))(values, entries)
-    for pair, excess in zip(pairs, excesses, strict=True):
+        comparisons = jax.jit(partial(_compared, traced, pairs))(values, entries)
+    for pair, (excess, has_input, has_output) in zip(pairs, comparisons, strict=True):
+        if not has_input or not has_output:
+            why = f"the output of {as_text(pair.norm)} has no finite value"
+            why = why if has_input else f"the input of {as_text(pair.layer)} is zero"
+            raise ValueError(
+                f"example must be one on which the folded layers can be checked, but {why}. Pass "
+                f"an input from the data, or leave this pair out of pairs."
+            )
         if not excess <= 1:
             raise ValueError(
                 f"{as_text(pair.layer)} and {as_text(pair.norm)} cannot be folded: on example, the "
@@ -54,24 +75,31 @@ def check_outputs(traced: TracedModel, replacements: Sequence[Replacement]) -> N
             )
 
 
-def _excesses(
+def _compared(
     traced: TracedModel, pairs: Sequence[Pair], values: list[Any], entries: Any
-) -> list[jax.Array]:
-    """Return, for each pair, the largest difference as a multiple of its tolerance."""
+) -> list[_Comparison]:
+    """Return how the outputs of each pair compare."""
     expected: dict[Path, jax.Array] = {}
+    has_input: dict[Path, Any] = {}
 
     def record(tag: Tag, value: Any) -> Any:
         if tag.place is Place.NORM_OUTPUT:
             expected[tag.path] = value
+        if tag.place is Place.LAYER_INPUT:
+            has_input[tag.path] = has_input.get(tag.path, False) | jnp.any(value != 0)
         return value
 
     run(traced.program, values, record)
     folded = _outputs(traced, pairs, values, [new for new, _ in entries], expected)
     sizes = _outputs(traced, pairs, values, [sizes for _, sizes in entries], expected, jnp.abs)
-    return [
-        jnp.max(_excess(traced, pair, expected[pair.norm], folded[pair.norm], sizes[pair.norm]))
-        for pair in pairs
-    ]
+    comparisons = []
+    for pair, (new, _) in zip(pairs, entries, strict=True):
+        outputs = (of_norm[pair.norm] for of_norm in (expected, folded, sizes))
+        excess = jnp.max(_excess(traced, pair, new, *outputs))
+        has_output = jnp.any(jnp.isfinite(expected[pair.norm]))
+        # Inputs of integers are not marked.
+        comparisons.append(_Comparison(excess, has_input.get(pair.layer, True), has_output))
+    return comparisons
 
 
 def _outputs(
@@ -115,12 +143,16 @@ def _outputs(
     return got
 
 
-def _excess(traced: TracedModel, pair: Pair, expected: Any, got: Any, size: Any) -> jax.Array:
+def _excess(
+    traced: TracedModel, pair: Pair, new: Entries, expected: Any, got: Any, size: Any
+) -> jax.Array:
     """Return the difference of two outputs, elementwise, as a multiple of the tolerance."""
     kernel_shape = traced.layers[pair.layer].kernel_shape
     products = math.prod(kernel_shape) / kernel_shape[pair.axis]
     dtypes = {expected.dtype, got.dtype, size.dtype}
-    roundoff = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) / 2
+    # The folded kernel and bias are rounded to the dtypes in which they are stored.
+    stored = {leaf.dtype for leaf in jax.tree.leaves(new)}
+    roundoff = max(float(jnp.finfo(dtype).eps) for dtype in dtypes | stored) / 2
     wide = jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
     # Each run sums this many products and rounds each of them, and is rounded to its dtype about
     # ten times on the way. Sums of half precision are accumulated in float32.

@@ -6,9 +6,9 @@ from typing import Any
 from jaxbn import _checks
 from jaxbn.inference import _linen_variables, _paths
 from jaxbn.inference._check_outputs import Replacement, check_outputs
-from jaxbn.inference._find_pairs import check_example, traced_model
 from jaxbn.inference._folded_entries import folded_entries, magnitudes
-from jaxbn.inference._pairs import Pair, checked_pairs, found_pairs, too_few
+from jaxbn.inference._pairs import Pair, cannot_fold, checked_pairs, found_pairs
+from jaxbn.inference._trace import check_example, traced_model
 from jaxbn.inference._traced_model import TracedModel
 
 Path = str | Sequence[str]
@@ -27,8 +27,9 @@ def fold_linen(
 ) -> dict[str, Any]:
     """Fold batch norms into the layers before them, given the variables of a Linen model.
 
-    Each is folded by `fold`. The new variables are for the same model without those batch norms,
-    and with biases in the layers before them: `use_bias=True`.
+    Each is folded by `fold`. The new variables are for the same model without those batch norms.
+    **In it, each layer before one must have `use_bias=True`**: Linen ignores a bias that no layer
+    reads, and the outputs would be wrong without an error. Compare the two models once.
 
     **Pass `model` and `example`.** The model is then run on the example in evaluation mode, which
     finds the pairs, reads each epsilon and kernel axis from the layers, and checks everything:
@@ -36,7 +37,7 @@ def fold_linen(
     - each batch norm must directly follow its layer, with nothing between, not even a reshape;
     - the output of the layer must go nowhere else, and neither may be called a second time;
     - on the example, each folded layer must compute what layer and batch norm computed, up to
-      rounding.
+      rounding. This needs values: inside `jax.jit`, it is left out.
 
     Without them, `pairs`, `epsilon` and `axis` are taken as they are, and nothing of this is
     checked: a wrong pair or epsilon gives a model with other outputs.
@@ -59,7 +60,8 @@ def fold_linen(
         `find_pairs(model, model_variables, example, ...)`, and keep them in the new model.
       model: the `flax.linen.Module`.
       example: an input of the model, as for `jaxbn.calibrate.recalibrate`: an array, a tuple of
-        positional arguments, or a dict of keyword arguments.
+        positional arguments, or a dict of keyword arguments. Pass real data: zeros check nothing,
+        and are rejected.
       epsilon: the epsilon of all these batch norms, without a model by default 1e-5. If they
         differ, pass the model, or fold them in several calls.
       axis: the output axis of all these kernels, without a model by default -1.
@@ -121,7 +123,7 @@ def fold_linen(
                 " To fold the others and keep these in the model, pass pairs=find_pairs(model, "
                 "variables, example, ...)."
             )
-            raise too_few(problems, advice if found else "")
+            raise cannot_fold(problems, advice if found else "")
         paths = [(pair.layer, pair.norm) for pair in found]
     return _folded(variables, checked_pairs(traced, paths, epsilon, axis), traced)
 
@@ -144,7 +146,9 @@ def _folded(
     params, stats = variables["params"], variables["batch_stats"]
     replacements = []
     for pair in pairs:
-        layer = _linen_variables.module_entries(params, pair.layer)
+        module = _linen_variables.module_entries(params, pair.layer)
+        # Modules that share the layer's scope have their variables there, too.
+        layer = {key: module[key] for key in ("kernel", "bias") if key in module}
         norm = [_linen_variables.module_entries(tree, pair.norm) for tree in (params, stats)]
         try:
             folded = folded_entries(pair, layer, *norm)
@@ -152,7 +156,7 @@ def _folded(
         except (TypeError, ValueError) as error:
             names = _paths.join_paths([pair.layer, pair.norm], " and ")
             raise type(error)(f"{names} cannot be folded: {error}") from None
-        layer |= folded
+        module |= folded
         replacements.append(Replacement(pair, folded, sizes))
     if traced is not None:
         check_outputs(traced, replacements)

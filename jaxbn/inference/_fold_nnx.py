@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 from jaxbn.inference import _paths
 from jaxbn.inference._check_outputs import Replacement, check_outputs
-from jaxbn.inference._find_pairs import check_example, traced_model
 from jaxbn.inference._folded_entries import folded_entries, magnitudes
-from jaxbn.inference._pairs import Pair, checked_pairs, found_pairs, too_few
+from jaxbn.inference._pairs import Pair, cannot_fold, checked_pairs, found_pairs
+from jaxbn.inference._trace import check_example, traced_model
 from jaxbn.inference._traced_model import TracedModel
 
 Model = TypeVar("Model")
@@ -29,13 +29,15 @@ def fold_nnx(
 
     The model is run on the example in evaluation mode, which finds the pairs, as `find_pairs` does,
     reads each epsilon and kernel axis from the layers, and checks that on the example each folded
-    layer computes what layer and batch norm computed, up to rounding. Batch norms that cannot be
-    folded, or are not among the given pairs, stay.
+    layer computes what layer and batch norm computed, up to rounding. The check on the example
+    needs values: inside `jax.jit`, it is left out. Batch norms that cannot be folded, or are not
+    among the given pairs, stay.
 
     Args:
       model: a `flax.nnx.Module` in evaluation mode: call `model.eval()` first. It is not changed.
       example: an input of the model, as for `jaxbn.calibrate.recalibrate`: an array, a tuple of
-        positional arguments, or a dict of keyword arguments.
+        positional arguments, or a dict of keyword arguments. Pass real data: zeros check nothing,
+        and are rejected.
       pairs: each layer with the batch norm after it: {"blocks/0/conv": "blocks/0/norm"} or a
         sequence of such pairs, with the paths of `nnx.state(model)`. By default all that can be
         folded, of which there must be one.
@@ -76,7 +78,7 @@ def fold_nnx(
         if not traced.norms:
             raise ValueError("model must call a batch norm, but calls none on example.")
         if not chosen:
-            raise too_few(problems)
+            raise cannot_fold(problems)
     else:
         chosen = _checked(traced, pairs)
     new = nnx.clone(model)

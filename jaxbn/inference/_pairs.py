@@ -69,7 +69,7 @@ def checked_pairs(
     return pairs
 
 
-def too_few(problems: Sequence[str], advice: str = "") -> ValueError:
+def cannot_fold(problems: Sequence[str], advice: str = "") -> ValueError:
     """Return the error for batch norms that cannot be folded."""
     different = list(dict.fromkeys(problems))
     listed = "; ".join(different[:3])

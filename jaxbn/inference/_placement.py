@@ -8,7 +8,7 @@ from jaxbn.inference._tags import Path, Place, Tag, as_text
 from jaxbn.inference._traced_model import TracedModel
 
 # They change no value.
-_IDENTITIES = {"copy", "copy_p", "name", "sharding_constraint"}
+_IDENTITIES = {"copy", "name", "optimization_barrier", "sharding_constraint", "stop_gradient"}
 
 
 class Placement(NamedTuple):
@@ -47,7 +47,8 @@ class _Flow:
             if step.tag is not None:
                 self._tagged.setdefault(step.tag, []).append(step)
             elif step.equation.primitive.name in _IDENTITIES:
-                self._origin[step.outputs[0]] = self._resolve(step.inputs[0])
+                inputs = map(self._resolve, step.inputs)
+                self._origin |= dict(zip(step.outputs, inputs, strict=True))
         self._outputs = {self._resolve(k) for k in traced.program.outputs}
 
     def _resolve(self, value: int) -> int:
@@ -72,23 +73,43 @@ class _Flow:
                 None, f"{as_text(norm)} follows {as_text(tag.path)}, which is a batch norm too"
             )
         problem = self._traced.norms[norm].problem or self._layer_problem(tag.path, norm)
-        return Placement(tag.path, problem)
+        return Placement(tag.path, problem or self._map_problem(norm, step))
+
+    def _map_problem(self, norm: Path, step: Step) -> str | None:
+        """Return that a batch norm is called inside `jax.vmap`, which moves axes, or None."""
+        shape = getattr(step.equation.outvars[0].aval, "shape", ())
+        in_call = self._traced.norms[norm].shape
+        if shape == in_call:
+            return None
+        return (
+            f"{as_text(norm)} is called inside a map: its input has the shape {in_call} in the "
+            f"call and {shape} in the model, as inside jax.vmap"
+        )
 
     def _call_problem(self, path: Path, place: Place) -> str | None:
         """Return why the calls of a layer or batch norm prevent folding, or None."""
         for tag, primitive in self._traced.program.hidden:
             if tag == Tag(place, path):
                 return f"{as_text(path)} is called inside a loop, branch or map ({primitive})"
-        calls = len(self._tagged.get(Tag(place, path), ()))
-        if calls == 0:
+        steps = self._tagged.get(Tag(place, path), ())
+        if len(steps) == 1:
+            return None
+        if not steps:
             return f"{as_text(path)} is not called on the output of a layer"
-        return None if calls == 1 else f"{as_text(path)} is called {calls} times"
+        if len({id(step.equation) for step in steps}) < len(steps):
+            return (
+                f"{as_text(path)} is compiled once and called {len(steps)} times, as are equal "
+                f"blocks of one nn.jit class"
+            )
+        return f"{as_text(path)} is called {len(steps)} times"
 
     def _layer_problem(self, layer: Path, norm: Path) -> str | None:
         """Return why nothing can be folded into a layer, or None."""
         if (problem := self._call_problem(layer, Place.LAYER_OUTPUT)) is not None:
             return problem
         facts, name = self._traced.layers[layer], as_text(layer)
+        if not layer:
+            return "nothing can be folded into the model: its kernel is not in a module below it"
         if facts.problem is not None:
             return f"nothing can be folded into {name}: {facts.problem}"
         (output,) = self._tagged[Tag(Place.LAYER_OUTPUT, layer)]
@@ -125,11 +146,19 @@ class _Flow:
                 continue
             visited.add(number)
             if step.tag is None:
-                names = (_description(step), *names)
+                names = (self._dropout(step) or _description(step), *names)
             elif step.tag.place in (Place.LAYER_OUTPUT, Place.NORM_OUTPUT):
                 return step.tag, names
             waiting.extend((k, names) for k in step.inputs)
         return None, ()
+
+    def _dropout(self, step: Step) -> str | None:
+        """Return what to call a step that selects values at random, or None for other steps."""
+        sources = [
+            self._producers[k] for k in map(self._resolve, step.inputs) if k in self._producers
+        ]
+        is_random = any(s.tag is None and name(s.equation) == "_bernoulli" for s in sources)
+        return "an active dropout" if is_random else None
 
     def _use_outside(self, value: int, output: Step) -> str | None:
         """Return what depends on a parameter in another way than through a layer's output."""

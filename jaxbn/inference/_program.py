@@ -9,8 +9,7 @@ from jaxbn.inference._tags import Tag, tag_of
 
 # Primitives that run the jaxpr in their parameters once, on the arguments that they get.
 _CALLS = {
-    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+    *("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call"),
 }
 
 

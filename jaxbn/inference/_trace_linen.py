@@ -12,8 +12,9 @@ from jaxbn.calibrate._batches import arguments, join, split
 from jaxbn.calibrate._observe import call_arguments, is_observed
 from jaxbn.inference import _linen_variables
 from jaxbn.inference._program import program
-from jaxbn.inference._tags import Path, Place, is_floating_array, tagged
+from jaxbn.inference._tags import Path, Place, as_text, is_floating_array, tagged
 from jaxbn.inference._traced_model import (
+    NO_BIAS,
     LayerFacts,
     NormFacts,
     TracedModel,
@@ -44,10 +45,10 @@ def trace_linen(
         args, kwargs = arguments(join(arrays, constants))
         marked = nn.intercept_methods(marking.intercept)
         with _MARKING(marking), BATCH_NORMS_OBSERVED(True), marked:
-            # A model in evaluation may still write to collections such as a cache.
-            output, _ = model.apply(
-                variables, *args, **kwargs, **options, mutable=DenyList("params")
-            )
+            # A model in evaluation may still write to collections such as a cache. Models also
+            # find out whether they are in training mode by asking whether they may write to this.
+            mutable = DenyList(("params", "batch_stats"))
+            output, _ = model.apply(variables, *args, **kwargs, **options, mutable=mutable)
         return [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array)]
 
     traced = program(jax.make_jaxpr(call)(variables, arrays))
@@ -68,6 +69,7 @@ class _Marking:
 
     def __init__(self, variables: Mapping[str, Any]):
         self._params = variables.get("params", {})
+        self._stats = variables.get("batch_stats", {})
         self.layers: dict[Path, LayerFacts] = {}
         self.norms: dict[Path, NormFacts] = {}
         self._marked_outputs = 0
@@ -90,7 +92,11 @@ class _Marking:
         check_evaluation(path, is_training, "pass the model's arguments too, such as train=False")
         x = tagged(x, Place.NORM_INPUT, path)
         y = call_with_rules(next_fun, (x, use_running_average), {"mask": mask}, context)
-        self.norms[path] = norm_facts(layer, path, x, mask, y.dtype)
+        facts = norm_facts(layer, path, x, mask, y.dtype)
+        if self._shares_scope(path):
+            shares = f"{as_text(path)} shares its scope with another module (nn.share_scope)"
+            facts = facts._replace(problem=shares)
+        self.norms[path] = facts
         return tagged(y, Place.NORM_OUTPUT, path)
 
     def _layer(self, next_fun, args, kwargs, module, kernel):
@@ -103,5 +109,18 @@ class _Marking:
             return y
         self._marked_outputs += 1
         stored = _linen_variables.module_entries(self._params, path).get("kernel")
-        self.layers[path] = layer_facts(module, kernel, getattr(unbox(stored), "shape", None))
+        facts = layer_facts(module, kernel, getattr(unbox(stored), "shape", None))
+        # Linen ignores a bias that no layer reads, so the new model would lack it without an error.
+        if not facts.kind and not module.has_variable("params", "bias"):
+            facts = facts._replace(problem=facts.problem or NO_BIAS)
+        self.layers[path] = facts
         return tagged(y, Place.LAYER_OUTPUT, path)
+
+    def _shares_scope(self, norm: Path) -> bool:
+        """Return whether the variables of another module are among those of a batch norm."""
+        entries = [
+            entry
+            for tree in (self._params, self._stats)
+            for entry in _linen_variables.module_entries(tree, norm).items()
+        ]
+        return any(name == "kernel" or isinstance(entry, Mapping) for name, entry in entries)

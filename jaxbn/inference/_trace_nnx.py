@@ -12,6 +12,7 @@ from jaxbn.calibrate._observe import call_arguments, is_observed
 from jaxbn.inference._program import program
 from jaxbn.inference._tags import Path, Place, is_floating_array, tagged
 from jaxbn.inference._traced_model import (
+    NO_BIAS,
     LayerFacts,
     NormFacts,
     TracedModel,
@@ -107,7 +108,7 @@ def _problem(
     if shared:
         return f"it shares its {' and '.join(shared)} with another layer"
     if "bias" not in held and not facts.kind:
-        return "it has no bias, and is not a layer of Flax"
+        return NO_BIAS
     return None
 
 

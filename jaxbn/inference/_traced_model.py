@@ -30,11 +30,13 @@ class NormFacts(NamedTuple):
     """What is known about a batch norm that was called.
 
     Attributes:
+      shape: the shape of its input in the call.
       epsilon: its epsilon.
       dtype: the dtype of its output.
       problem: why it cannot be folded into any layer, or None.
     """
 
+    shape: tuple[int, ...]
     epsilon: float
     dtype: DTypeLike
     problem: str | None = None
@@ -60,6 +62,8 @@ class TracedModel(NamedTuple):
     parameters: dict[Path, dict[str, int]]
 
 
+# Whether a layer of another class reads a bias that is added to it is not known.
+NO_BIAS = "it has no bias, and is not a layer of Flax"
 _FLAX_LAYERS = (
     *("Conv", "ConvLocal", "ConvTranspose"),
     *("Dense", "DenseGeneral", "Einsum", "Linear", "LinearGeneral"),
@@ -98,7 +102,7 @@ def norm_facts(layer: Any, path: Path, x: ArrayLike, mask: Any, dtype: DTypeLike
             f"{as_text(path)} has its features on axis={layer.axis!r} of an input with {len(shape)}"
             f" axes, and a layer has its features on the last"
         )
-    return NormFacts(layer.epsilon, dtype, problem)
+    return NormFacts(shape, layer.epsilon, dtype, problem)
 
 
 def check_evaluation(path: Path, is_training: bool, how: str) -> None:

@@ -10,9 +10,10 @@ class BatchRenorm(BatchNorm):
     other's place in a trained model.
 
     Attributes:
-      r_max: the largest factor between the deviation of a batch and the running one, at least 1.
-      d_max: the largest distance of the mean of a batch from the running one, in running
-        deviations, at least 0. The defaults, 3 and 5, are those that the paper arrives at.
+      r_max: the largest ratio, either way, of the batch's standard deviation to the running one, at
+        least 1.
+      d_max: the largest shift of the batch's mean from the running mean, in running standard
+        deviations, at least 0. The defaults, 3 and 5, are the paper's final values.
 
     The other attributes are those of `jaxbn.linen.BatchNorm`. For a warm-up, both limits may be
     traced: make them arguments of the model, or set them from outside, with

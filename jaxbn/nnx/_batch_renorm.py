@@ -15,12 +15,15 @@ class BatchRenorm(BatchNorm):
     other's place in a trained model.
 
     Attributes:
-      r_max: the largest factor between the deviation of a batch and the running one, at least 1.
-      d_max: the largest distance of the mean of a batch from the running one, in running
-        deviations, at least 0. The defaults, 3 and 5, are those that the paper arrives at.
+      r_max: the largest ratio, either way, of the batch's standard deviation to the running one, at
+        least 1.
+      d_max: the largest shift of the batch's mean from the running mean, in running standard
+        deviations, at least 0. The defaults, 3 and 5, are the paper's final values.
 
-    The other attributes are those of `jaxbn.nnx.BatchNorm`. For a warm-up inside `nnx.jit`, pass
-    variables, such as `r_max=nnx.Variable(jnp.array(1.0))`, and set their values.
+    The other attributes are those of `jaxbn.nnx.BatchNorm`. For a warm-up, set both limits between
+    the steps, with `jaxbn.nnx.override(model, {"**": {"r_max": r_max, "d_max": d_max}})`. Arrays,
+    such as `jnp.array(1.5)`, do not recompile a step under `nnx.jit`. They are leaves of the model
+    until numbers take their place, so `nnx.split` then needs a last filter `...` for them.
 
     Example:
       >>> import jax, jaxbn.nnx

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jaxbn import _layers
@@ -78,7 +79,9 @@ def _change(layer: Any, options: Mapping[str, Any]) -> None:
         layer.count = nnx.data(None)
         options = {**FLAX_LACKS, **options}
     for name, value in options.items():
-        setattr(layer, name, hashable(value))
+        # An array is an input of `nnx.jit`, and anything else a constant.
+        keep = nnx.data if isinstance(value, jax.Array) else nnx.static
+        setattr(layer, name, keep(hashable(value)))
 
 
 class FlaxBatchNorm(BatchNorm, nnx.BatchNorm):

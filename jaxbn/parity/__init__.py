@@ -1,16 +1,14 @@
 """Find out which convention a batch norm follows, and where two layers or two networks differ.
 
-`_layer` defines what these tools call on a layer. These private packages implement them:
-
-- `_adapters` wraps the frameworks' layers, so that they have these methods.
-- `_identify` finds a layer's convention by probing it.
-- `_networks` runs the frameworks' networks, and `_match` finds which layers correspond.
-- `_compare` trains two layers, or runs two networks, side by side. Its `diagnosis` finds the
-  reasons for their differences.
-- `_command` is behind `python -m jaxbn.parity`, which probes all installed frameworks.
-
-Only `_command` imports the others.
+`python -m jaxbn.parity` probes the layers of all installed frameworks.
 """
+
+# `_layer` defines what these tools call on a layer. These private packages implement them:
+# `_adapters` wraps the frameworks' layers, so that they have these methods. `_identify` finds a
+# layer's convention by probing it. `_networks` runs the frameworks' networks, and `_match` finds
+# which layers correspond. `_compare` trains two layers, or runs two networks, side by side; its
+# `diagnosis` finds the reasons for their differences. `_command` is behind the command, and only it
+# imports the others.
 
 from jaxbn.parity._adapters import batch_norm_layer as batch_norm_layer
 from jaxbn.parity._adapters import equinox_layer as equinox_layer

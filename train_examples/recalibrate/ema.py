@@ -14,18 +14,21 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.typing import ArrayLike
-from rich.console import Console
-from rich.table import Table
 
 from jaxbn.calibrate import recalibrate
 from train_examples.common.config import Config
-from train_examples.common.data import load
-from train_examples.common.errors import UserError, run_command
-from train_examples.common.training import ONE_DEVICE, fit, network
-from train_examples.digits.train import Metrics, TrainState, train_step
-from train_examples.recalibrate.compare import scores
+from train_examples.common.errors import UserError, needs_extra, run_command
+
+with needs_extra("examples"):
+    import optax
+    from rich.console import Console
+    from rich.table import Table
+
+    from train_examples.common.data import load
+    from train_examples.common.training import ONE_DEVICE, fit, network
+    from train_examples.digits.train import Metrics, TrainState, train_step
+    from train_examples.recalibrate.compare import scores
 
 Variables = dict[str, Any]
 DECAYS = (0.9, 0.99, 0.999)

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from jaxbn.calibrate import recalibrate
 from train_examples.common.config import Config, parse
-from train_examples.common.data import Dataset
-from train_examples.common.errors import run_command
-from train_examples.common.training import fit, network
-from train_examples.recalibrate.compare import faint, pieces
+from train_examples.common.errors import needs_extra, run_command
+
+with needs_extra("examples"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from train_examples.common.data import Dataset
+    from train_examples.common.training import fit, network
+    from train_examples.recalibrate.compare import faint, pieces
 
 # The batches: how many images each has, and whether the images are sorted by class.
 BATCHES = ((64, False), (8, False), (64, True))

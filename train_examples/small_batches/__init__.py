@@ -1,1 +1,1 @@
-"""New statistics for averaged weights and for other images, by `jaxbn.calibrate.recalibrate`."""
+"""Batch norm, ghost batches and batch renormalization with few images in a batch."""

@@ -1,13 +1,16 @@
-"""The digits network with few images in a batch: batch norm, ghost batches, renormalization."""
+"""Train networks with few images in a batch: batch norm, ghost batches, renormalization."""
 
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+import jaxbn
 import jaxbn.linen
 from train_examples.common import data
 from train_examples.digits.train import (
@@ -26,12 +29,33 @@ METHODS: tuple[Method, ...] = get_args(Method)
 WHOLE = 64
 LEARNING_RATE, MOMENTUM = 0.2, 0.9
 R_MAX, D_MAX = 3.0, 5.0
+# States with the same optimizer share compiled steps.
+_optimizer = cache(optimizer)
 
 
-def accuracy(method: Method, size: int, seed: int, epochs: int) -> float:
+class DenseNet(nn.Module):
+    """Hidden dense layers, each followed by batch norm, which sees one value per image."""
+
+    widths: tuple[int, ...] = (64, 64)
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        norm = partial(jaxbn.linen.BatchNorm, use_running_average=not train, **jaxbn.PYTORCH)
+        x = images.reshape(len(images), -1)
+        for width in self.widths:
+            x = nn.relu(norm()(nn.Dense(width, use_bias=False)(x)))
+        return nn.Dense(self.classes)(x)
+
+
+NETWORKS: Mapping[str, nn.Module] = {"convolutional": ConvNet(), "dense": DenseNet()}
+
+
+def accuracy(network: nn.Module, method: Method, size: int, seed: int, epochs: int) -> float:
     """Train a network, and return its accuracy on the test set, by the running statistics.
 
     Args:
+      network: the network.
       method: what normalizes `size` images together. Ghost batches are groups in a batch of 64;
         with the other two, they are the whole batch.
       size: the number of images.
@@ -43,8 +67,8 @@ def accuracy(method: Method, size: int, seed: int, epochs: int) -> float:
     # A smaller batch is a smaller step, in the parameters and in the running statistics.
     share = batch_size / WHOLE
     steps = epochs * (len(digits.train_images) // batch_size)
-    tx = optimizer(LEARNING_RATE * share, steps)
-    state = create_state(ConvNet(), digits.train_images[:1], tx, seed)
+    tx = _optimizer(LEARNING_RATE * share, steps)
+    state = create_state(network, digits.train_images[:1], tx, seed)
     rng = np.random.default_rng(seed)
     step = partial(_step, method=method, size=size, momentum=MOMENTUM**share)
     for _ in range(epochs):

@@ -60,9 +60,12 @@ def _suspects(rows: Sequence[Row], rtol: float, runs: Runs) -> Iterator[str]:
 
 
 def _batches(inputs: np.ndarray) -> list[np.ndarray]:
-    """Return batches of rows that are drawn at random, with a fixed seed."""
+    """Return batches of rows that are drawn at random, with a fixed seed, and have none in common.
+
+    Two equal batches could not tell a cumulative average from a momentum.
+    """
     dtype = inputs.dtype if inputs.dtype == np.float64 else np.dtype(np.float32)
-    rng = np.random.default_rng(0)
-    return [
-        inputs[np.sort(rng.permutation(len(inputs))[:_ROWS])].astype(dtype) for _ in range(_STEPS)
-    ]
+    order = np.random.default_rng(0).permutation(len(inputs))
+    # Each batch needs two rows, or it has no unbiased variance.
+    parts = np.array_split(order, _STEPS) if len(order) >= 2 * _STEPS else [order] * _STEPS
+    return [inputs[np.sort(part[:_ROWS])].astype(dtype) for part in parts]

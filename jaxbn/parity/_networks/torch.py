@@ -53,9 +53,9 @@ class TorchNetwork:
         returned: list[tuple[weakref.ref, int, str]] = []
         facts = {name: facts_of(module) for name, module in self.model.named_modules()}
 
-        def keep_call(name, args, output):
+        def keep_call(name, args, kwargs, output):
             layer = facts[name]
-            given = [v for v in args if isinstance(v, torch.Tensor)][:1]
+            given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)][:1]
             source = None
             for ref, version, other in reversed(returned):
                 # A tensor that was written to since has another version.
@@ -70,7 +70,7 @@ class TorchNetwork:
             model = self._copy(x, train)
             for name, module in model.named_modules():
                 module.register_forward_hook(
-                    lambda module, args, output, name=name: keep_call(name, args, output)
+                    lambda module, *call, name=name: keep_call(name, *call), with_kwargs=True
                 )
             model(self._tensor(x))
         return calls
@@ -97,12 +97,12 @@ class TorchNetwork:
         values, zeros, norm_inputs = {}, {}, {}
         dropouts: list[str] = []
 
-        def keep_output(name, args, output):
+        def keep_output(name, args, kwargs, output):
             require_array(self.label, name, output, torch.Tensor)
             calls.append(name)
             facts = facts_of(modules[name])
             if facts is not None and facts.kind == "batch norm":
-                rows = np.moveaxis(np.asarray(array(args[0])), 1, -1)
+                rows = np.moveaxis(np.asarray(array(next(iter((*args, *kwargs.values()))))), 1, -1)
                 # Copied, because the norm or a later layer may write into its input.
                 norm_inputs[name] = rows.reshape(-1, rows.shape[-1]).copy()
             values[name] = output.detach().clone()
@@ -116,9 +116,9 @@ class TorchNetwork:
         for name, module in modules.items():
             if name in names:
                 module.register_forward_hook(
-                    lambda module, args, output, name=name: keep_output(name, args, output)
+                    lambda module, *call, name=name: keep_output(name, *call), with_kwargs=True
                 )
-            elif isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
                 module.register_forward_pre_hook(
                     lambda module, args, name=name: keep_dropout(name, module)
                 )
