@@ -33,9 +33,9 @@ def match_names(
     same kinds and shapes in the same order, they correspond in this order. Otherwise, such as when
     one of them computes the shortcut of a block first, layers correspond in the order among those
     with the same kind and shape, where a batch norm must follow on a layer of the same kind and
-    shape, too. The values of the parameters are not used, so a shortcut with the shape of a layer of
-    the main branch is matched incorrectly if only one network computes it first: then `compare_models`
-    reports a difference there, and the two names must be exchanged by hand.
+    shape, too. The values of the parameters are not used. So a shortcut with the shape of a layer
+    of the main branch is matched incorrectly if only one network computes it first:
+    `compare_models` then reports a difference there, and you must exchange the two names.
 
     Args:
       candidate: the network whose names are the keys: a Linen module, bound, in the pair `(model,
