@@ -89,8 +89,9 @@ def recalibrate(
         that is called after each batch with four integers: the index of the pass, the maximum
         number of passes, the index of the batch, and the number of batches, which is None in the
         first pass if `batches` has no length. Indices start at 1. The maximum number of passes is
-        the number of calls of batch norms in the batches so far. In a program of several processes,
-        only the first one shows the bar, and each counts its own batches.
+        the number of calls of batch norms in the batches so far, or `passes` if that is smaller. In
+        a program of several processes, only the first one shows the bar, and each counts its own
+        batches.
       processes: whose batches the statistics are over, in a program of several processes
         (`jax.distributed`). "separate": those of this process, or global arrays, which all
         processes pass alike. "together": those of all processes. Each reads its own part of the
