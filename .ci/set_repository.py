@@ -19,7 +19,7 @@ ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]*\w")
 
 def set_repository(address: str, root: Path = ROOT) -> None:
     """Write `address`, such as https://github.com/OWNER/NAME, into the files of `root`."""
-    if not ADDRESS.fullmatch(address):
+    if not ADDRESS.fullmatch(address) or address.endswith(".git"):
         raise ValueError(f"the address must be https://github.com/OWNER/NAME, got {address}.")
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     old, new = (a.partition("github.com/")[2] for a in (project["urls"]["Repository"], address))

@@ -36,8 +36,8 @@ def batch_renorm(
 ) -> tuple[jax.Array, StateT]:
     r"""Normalize a batch by batch renormalization, and return it with the new state.
 
-    It makes training close to evaluation. With the standard deviation
-    :math:`s = \sqrt{\sigma^2 + \epsilon}`, in training
+    Batch renormalization brings training closer to evaluation. With the standard deviation
+    :math:`s = \sqrt{\sigma^2 + \epsilon}`, it computes in training
 
     .. math::
 
@@ -49,16 +49,16 @@ def batch_renorm(
         y &= \mathrm{scale} \cdot \left(\frac{x - \mu_\mathrm{batch}}{s_\mathrm{batch}} \cdot r
             + d\right) + \mathrm{bias}
 
-    with the running statistics before the update. Where nothing is clipped, this is what evaluation
-    gives, so a small or unrepresentative batch distorts the output less. No gradient flows through
-    r and d: the gradient is that of batch norm, times r. Evaluation and the update of the state are
-    those of `batch_norm`, and so is training with `r_max=1, d_max=0` (up to rounding, if the limits
-    are traced).
+    with the running statistics before the update. Where nothing is clipped, the output is that of
+    evaluation, so a small or unrepresentative batch distorts the output less. No gradient flows
+    through r and d: the gradient is that of batch norm, times r. Evaluation and the update of the
+    state are those of `batch_norm`, and so is training with `r_max=1, d_max=0` (up to rounding, if
+    the limits are traced).
 
     In the first steps, the running statistics are unreliable. Begin with `r_max=1, d_max=0`, and
-    relax both gradually, as the paper does, to 3 and 5. They may be traced, so that a schedule does
-    not recompile. Since the state corrects the output, NaN in the state makes the output NaN, even
-    with `r_max=1, d_max=0` if they are traced; `keep_finite` keeps the state free of it.
+    relax both gradually to 3 and 5, as the paper does. They may be traced, so a schedule does not
+    cause recompilation. Since the output depends on the state, NaN in the state makes the output
+    NaN, even with `r_max=1, d_max=0` if these are traced. `keep_finite` keeps NaN out of the state.
 
     Args:
       params, x, train, axis, momentum, batch_variance, running_variance, axis_name: as in
@@ -66,18 +66,18 @@ def batch_renorm(
       axis_index_groups, mask, dtype, virtual_batch_size: as in `batch_norm`. Each group of examples
         has its own r and d.
       state: as in `batch_norm`, but not None.
-      r_max: the largest ratio, either way, of the batch's standard deviation to the running one, at
-        least 1; a scalar, which may be infinite.
-      d_max: the largest shift of the batch's mean from the running mean, in running standard
-        deviations, at least 0; a scalar, which may be infinite.
+      r_max: the limit of r, the ratio of the batch's standard deviation to the running one, which
+        is clipped to [1 / r_max, r_max]; a scalar of at least 1, which may be infinite.
+      d_max: the limit of d, the shift of the batch's mean from the running mean in running standard
+        deviations; a scalar of at least 0, which may be infinite.
       epsilon: the number that is added to both variances, as in `batch_norm`.
 
     Returns:
-      `y` and the new state, as `batch_norm` does.
+      `y` and the new state, as in `batch_norm`.
 
     Raises:
-      ValueError, TypeError: as `batch_norm` does; or `x` is complex; or `state` is None; or `r_max`
-        or `d_max` is out of its range.
+      ValueError, TypeError: as in `batch_norm`; `x` is complex; `state` is None; or `r_max` or
+        `d_max` is out of its range.
 
     Example:
       >>> import jax, jaxbn
@@ -89,9 +89,9 @@ def batch_renorm(
       True
 
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
-    Batch-Normalized Models", 2017, algorithm 1. There, the running deviation is an average of
-    deviations, as in Keras (`renorm=True`); here it is the root of the running variance plus
-    epsilon.
+    Batch-Normalized Models", 2017, algorithm 1. There, the running standard deviation is an average
+    of standard deviations, as in Keras (`renorm=True`); here it is the square root of the running
+    variance plus epsilon.
     """
     _checks.renorm_limit("r_max", r_max, least=1)
     _checks.renorm_limit("d_max", d_max, least=0)

@@ -1,7 +1,7 @@
-"""Complex numbers: a mean is complex, and a variance, `E[|x - mean|²]`, is real.
+"""Support complex inputs, whose mean is complex and whose variance, `E[|x - mean|²]`, is real.
 
-The moments of a complex batch are those of its real and imaginary parts: the mean consists of their
-means, and the variance is the sum of their variances.
+The moments of a complex batch are computed from those of its real and imaginary parts: the parts of
+the mean are their means, and the variance is the sum of their variances.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ def is_complex(*values: ArrayLike) -> bool:
 
 
 def complex_like(dtype: DTypeLike, real: DTypeLike) -> jnp.dtype:
-    """Return the dtype `real` or, if `dtype` is complex, that of numbers with such parts."""
+    """Return the dtype `real` or, if `dtype` is complex, the complex dtype with such parts."""
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         return jnp.dtype(real)
     return jnp.dtype(jnp.complex128 if real == jnp.float64 else jnp.complex64)
 
 
 def parts(value: jax.Array, n_parts: int) -> Sequence[jax.Array]:
-    """Return real and imaginary part if `n_parts` is 2, and the value itself if it is 1."""
+    """Return the real and imaginary parts if `n_parts` is 2, or the value itself if it is 1."""
     return [value] if n_parts == 1 else [jnp.real(value), jnp.imag(value)]
 
 

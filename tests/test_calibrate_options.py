@@ -32,7 +32,7 @@ def run():
     return lambda **options: call(**options)["batch_stats"], one_step(network, variables, x)
 
 
-@pytest.mark.parametrize("passes", [1, 2, 4, 5])
+@pytest.mark.parametrize("passes", [1, np.int64(2), 4, 5])
 def test_each_pass_makes_another_layer_exact(run, passes):
     recalibrated, exact = run
     got = recalibrated(passes=passes)

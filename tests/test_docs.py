@@ -26,7 +26,8 @@ NAMES = {
     "linen": ["BatchNorm", "BatchRenorm", "override"],
     "nnx": ["BatchNorm", "BatchRenorm", "override"],
     "parity": [
-        *("AccuracyReport", "ConventionError", "DifferentiableLayer", "Layer", "Report"),
+        *("AccuracyReport", "AccuracyRow", "ConventionError", "DifferentiableLayer", "Layer"),
+        *("Report", "Row"),
         *("assert_parity", "batch_norm_layer", "compare", "compare_accuracy", "compare_models"),
         *("equinox_layer", "haiku_layer", "identify", "keras_layer", "linen_layer"),
         *("match_names", "nnx_layer", "torch_layer"),

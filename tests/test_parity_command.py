@@ -170,7 +170,7 @@ def test_80_columns_are_enough(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--frameworks", "torch,tf"], "unknown frameworks tf; there are torch, linen, nnx"),
+        (["--frameworks", " torch , tf"], "unknown frameworks tf; there are torch, linen, nnx"),
         (["--json", "--markdown"], "not allowed with argument"),
         (["--dtype", "int8"], "invalid choice"),
         (["--json", "--device", "abacus"], "no device 'abacus': "),

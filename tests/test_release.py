@@ -70,7 +70,10 @@ def test_setting_the_repository(tmp_path):
     assert (tmp_path / "README.md").read_text() == "https://github.com/someone/batch-norms"
 
 
-@pytest.mark.parametrize("address", ["https://gitlab.com/a/b", "https://github.com/a", "a/b"])
+@pytest.mark.parametrize(
+    "address",
+    ["https://gitlab.com/a/b", "https://github.com/a", "https://github.com/a/b.git", "a/b"],
+)
 def test_an_address_that_is_none(address, tmp_path):
     with raises(ValueError, f"the address must be https://github.com/OWNER/NAME, got {address}."):
         SCRIPT["set_repository"](address, tmp_path)

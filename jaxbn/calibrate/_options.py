@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from jaxbn import _checks
 from jaxbn._running import Estimator
 from jaxbn.calibrate._progress import Report
@@ -37,4 +39,4 @@ _HINT = "To pass the model an argument of this name, make each batch a dict of k
 
 
 def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1

@@ -39,23 +39,23 @@ def recalibrate(
         \sigma^2 = \frac{1}{n} \sum_i n_i \left(\sigma_i^2 + (\mu_i - \mu)^2\right)
 
     summed in float64. This is not the mean of the variances. A layer whose `running_variance` is
-    "unbiased" gets :math:`\sigma^2 n / (n - 1)`. With few values, this shows: the training step
-    normalizes with the biased variance, and compared to its outputs those in evaluation are smaller
-    by about :math:`1 / (2 n)`, which is 5 % for 10 values and 0.5 % for 100.
-    `running_variance="biased"` gives the outputs of the training step.
+    "unbiased" gets :math:`\sigma^2 n / (n - 1)`. This matters if there are few values. The training
+    step normalizes with the biased variance, so its outputs are larger than those of evaluation, by
+    a fraction of about :math:`1 / (2 n)`, which is 5 % for 10 values and 0.5 % for 100. With
+    `running_variance="biased"`, evaluation gives the outputs of the training step.
 
     Use it when the running statistics no longer match the weights: after averaging (SWA, EMA),
     quantization or pruning, or on a new domain.
 
-    The data is passed over once for each batch norm on the longest path through the network: each
-    pass makes the next layer's statistics exact. The passes end when one changes nothing, or after
-    as many passes as there are calls of batch norms.
+    This takes one pass over the data for each batch norm on the longest path through the network:
+    each pass makes the next layer's statistics exact. The passes end when one changes nothing, or
+    after as many passes as there are calls of batch norms.
 
     `passes=1` is an approximation: in each batch, earlier layers normalize with the statistics of
-    that batch. (The running statistics are what is wrong, so they are not used.) If the batches are
-    drawn at random, the error falls like 1 over the batch size. If they differ systematically, as
+    that batch, because the running statistics are the ones to be replaced. If the batches are drawn
+    at random, the error is proportional to 1 over the batch size. If they differ systematically, as
     in a data set that is sorted by class, it may be large. `jaxbn.health.check` measures the error
-    by making all the passes, and `train_examples/recalibrate` has examples.
+    by making all the passes. `train_examples/recalibrate` has examples.
 
     The calibrated layers are `jaxbn.linen.BatchNorm`, `jaxbn.nnx.BatchNorm`, Flax's own two, and
     classes derived from them, unless they are `frozen`. If any layer runs in training mode, in any
@@ -85,12 +85,13 @@ def recalibrate(
         passes, at least the first k batch norms are exact.
       running_variance: "biased" or "unbiased", the estimator of all running variances; or None for
         the one that each layer tracks.
-      progress: True shows a progress bar on stderr, which needs the package rich. Or a function
-        that is called after each batch with four integers: the number of the pass, the number of
-        passes at most, the number of the batch, and the number of batches, or None in the first
-        pass if `batches` has no length. All count from 1. The number of passes is that of the calls
-        of batch norms in the batches so far. If there are several processes, the first one shows
-        the bar, and each counts its own batches.
+      progress: True to show a progress bar on stderr, which needs the package rich; or a function
+        that is called after each batch with four integers: the index of the pass, the maximum
+        number of passes, the index of the batch, and the number of batches, which is None in the
+        first pass if `batches` has no length. Indices start at 1. The maximum number of passes is
+        the number of calls of batch norms in the batches so far, or `passes` if that is smaller. In
+        a program of several processes, only the first one shows the bar, and each counts its own
+        batches.
       processes: whose batches the statistics are over, in a program of several processes
         (`jax.distributed`). "separate": those of this process, or global arrays, which all
         processes pass alike. "together": those of all processes. Each reads its own part of the
@@ -106,13 +107,13 @@ def recalibrate(
       number of training batches, is unchanged.
 
     Raises:
-      TypeError: `model`, `variables` or `progress` has another type, or `batches` is a mapping.
+      TypeError: `model`, `variables` or `progress` has the wrong type, or `batches` is a mapping.
       ValueError: `batches` is empty or holds no values; the model calls no batch norm that is not
         frozen; there is one value per feature, which has no unbiased variance; statistics are not
         finite; a batch norm is in a loop that carries its statistics; `passes`,
-        `running_variance` or `processes` has another value. With `processes="together"`: parameters
-        or `passes` differ between processes, or running statistics that are kept do, or arrays are
-        divided among them.
+        `running_variance` or `processes` is invalid. With `processes="together"`: parameters,
+        `passes` or running statistics that are kept differ between processes, or arrays are divided
+        among the processes.
       ModuleNotFoundError: `progress` is True and rich is not installed.
       RuntimeError: the call failed in another process. The text says where and why.
 

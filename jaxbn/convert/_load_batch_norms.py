@@ -28,21 +28,23 @@ def put_batch_norms(
 
     Args:
       variables: what `model.init` returns, or `jax.eval_shape` of it.
-      layers: `params` and `state` of each batch norm, by its name, as `batch_norms_from_torch` and
-        `batch_norms_from_keras` return them, or collected from `from_haiku` or `from_equinox`.
-        Shapes with axes of size 1, as Haiku's, become (C,).
-      names: for each batch norm, its path in Flax ("block/norm") and its name in `layers`. Pairs
-        of other layers have no effect. By default, the names in `layers` are Flax's paths.
+      layers: a mapping from the name of each batch norm to its `params` and `state`, as returned by
+        `batch_norms_from_torch` and `batch_norms_from_keras`, or collected from `from_haiku` or
+        `from_equinox`. Shapes with axes of size 1, as in Haiku, become (C,).
+      names: a mapping from the path of each batch norm in Flax ("block/norm") to its name in
+        `layers`. Entries for other layers have no effect. By default, the names in `layers` are
+        Flax's paths.
       kept: the paths of batch norms that keep the values in `variables`.
 
     Returns:
-      A copy of `variables`, in which all batch norms that are not kept have new arrays, and all
-      else is unchanged. It has the structure of `variables`: a `count` is left out if the layer
-      does not count.
+      A copy of `variables` with the same structure, in which all batch norms that are not kept have
+      new arrays, and everything else is unchanged. A `count` in `layers` is dropped if the layer
+      has none.
 
     Raises:
-      ValueError: a batch norm of the model has no name or no values, one of `layers` has no place,
-        or arrays are missing, extra, of the wrong shape or not floating; all are listed.
+      ValueError: a batch norm of the model has no name or no values, one in `layers` has no
+        counterpart in the model, or arrays are missing, extra, of the wrong shape or not floating;
+        the text lists all of them.
       TypeError: an argument is not a mapping or a collection of strings.
 
     Example:
@@ -69,18 +71,21 @@ def load_batch_norms(
 ) -> None:
     """Load converted batch norms into an NNX model, in place.
 
-    Every batch norm that is not kept gets new values, or, after an error, none of them.
+    Every batch norm that is not kept gets new values. If an error is raised, the model is
+    unchanged.
 
     Args:
       model: the model. A shared layer can be named by any of its paths.
-      layers: `params` and `state` of each batch norm, by its name; see `put_batch_norms`.
-      names: for each batch norm, its path in NNX ("blocks/0/norm") and its name in `layers`; see
+      layers: a mapping from the name of each batch norm to its `params` and `state`; see
         `put_batch_norms`.
+      names: a mapping from the path of each batch norm in NNX ("blocks/0/norm") to its name in
+        `layers`; see `put_batch_norms`.
       kept: the paths of batch norms that keep their values.
 
     Raises:
-      ValueError: a batch norm of the model has no name or no values, one of `layers` has no place,
-        or arrays are missing, extra, of the wrong shape or not floating; all are listed.
+      ValueError: a batch norm of the model has no name or no values, one in `layers` has no
+        counterpart in the model, or arrays are missing, extra, of the wrong shape or not floating;
+        the text lists all of them.
       TypeError: `model` is not an `nnx.Module`, or an argument is not a mapping or a collection of
         strings.
 

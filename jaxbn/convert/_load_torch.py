@@ -31,32 +31,36 @@ def variables_from_torch(
 
     Each array is rearranged from PyTorch's layout into that of its variable:
 
-    - convolution, also grouped, in 1 to 3 dimensions: (O, I, H, W) to a `kernel` (H, W, I, O);
-    - transposed convolution: (I, O, H, W) to (H, W, I, O) with its window reversed, or, for
+    - a convolution in 1 to 3 dimensions, grouped ones too: from (O, I, H, W) to a `kernel`
+      (H, W, I, O);
+    - a transposed convolution: from (I, O, H, W) to (H, W, I, O) with a reversed window, or, for
       `transpose_kernel=True`, to (H, W, O, I);
-    - linear layer: (O, I) to (I, O), with the axes of a `DenseGeneral` split, and with those of a
-      window of one value added or removed between a `Conv` and a `Dense`;
-    - `weight` becomes `scale` of a norm, `embedding` of an `Embed`, `negative_slope` of a `PReLU`;
-    - running statistics as in `from_torch`, with a `count` only if the layer has one.
+    - a linear layer: from (O, I) to (I, O), and then split into the axes of a `DenseGeneral`. If
+      one side is a linear layer and the other a convolution with a window of one value, the axes of
+      the window are added or removed;
+    - `weight` becomes the `scale` of a norm, the `embedding` of an `Embed` or the `negative_slope`
+      of a `PReLU`;
+    - running statistics are converted as in `from_torch`, with a `count` only if the layer has one.
 
-    Other arrays keep their name and their shape. A layout that is not among these, such as that of
-    packed attention weights, has to be brought into one of them first.
+    Other arrays keep their names and shapes. Arrays in any other layout, such as packed attention
+    weights, must first be converted to one of these.
 
     Args:
       state_dict: what `model.state_dict()` returns, or the same from a file; see `from_torch`.
-      names: for each layer, its path in Flax ("block/conv") and its name in PyTorch
-        ("blocks.0.conv"), as for `jaxbn.parity.compare_models`. Pairs of modules without variables
-        of their own have no effect. The path of a single array and the key of an entry, such as
-        `{"cls": "cls_token"}`, are a pair, too.
+      names: a mapping from the path of each layer in Flax ("block/conv") to its name in PyTorch
+        ("blocks.0.conv"), as for `jaxbn.parity.compare_models`. Entries for modules without
+        variables of their own have no effect. An entry may also map the path of a single array to a
+        key of the state dict, such as `{"cls": "cls_token"}`.
       variables: what `model.init` returns, or `jax.eval_shape` of it, with `params` and
-        `batch_stats`. It determines what each array has to be.
-      flattened: for each layer that follows a flattening of images, its path and the sizes of an
-        example before it in PyTorch, (C, H, W). PyTorch flattens channels first and Flax channels
-        last, so the layer's inputs are reordered. No shape shows that this is needed.
-      transpose_kernel: the option of this name of `ConvTranspose` layers, by path. Pass it for
-        each such layer with a name of its own, which is otherwise taken for a convolution, and
-        where the numbers of input and output features are equal, as shapes then do not show the
-        layout.
+        `batch_stats`. It determines the layout and shape of each array.
+      flattened: a mapping from the path of each layer that follows flattened images to the shape
+        (C, H, W) of one image in PyTorch, before flattening. PyTorch flattens with channels first
+        and Flax with channels last, so the layer's inputs are reordered. The shapes do not show
+        where this is needed.
+      transpose_kernel: a mapping from the paths of `ConvTranspose` layers to their option of this
+        name. Pass it for each such layer with a name of its own, which is otherwise treated as a
+        convolution, and for each with equal numbers of input and output features, because the
+        shapes then do not show the layout.
       unused: the names of PyTorch's modules or entries that the Flax model does not have.
       kept: the paths of layers or arrays that keep the values in `variables`, such as a new head.
 
@@ -65,8 +69,8 @@ def variables_from_torch(
       memory with it. Other collections than these two are unchanged.
 
     Raises:
-      ValueError: a layer of Flax has no name, an entry of the state dict is missing, has no place,
-        or does not fit in shape or dtype; all are listed.
+      ValueError: a layer of Flax has no name, or an entry of the state dict is missing, has no
+        counterpart in Flax, or has the wrong shape or dtype; the text lists all of them.
       TypeError: an argument is not a mapping or a collection of strings.
 
     Example:
@@ -95,20 +99,20 @@ def load_torch(
 ) -> None:
     """Load a PyTorch model's state dict into an NNX model, in place.
 
-    Layouts are those of `variables_from_torch`. Every `Param` and `BatchStat` gets a value, or,
-    after an error, none of them.
+    Layouts are converted as in `variables_from_torch`. Every `Param` and `BatchStat` gets a value.
+    If an error is raised, the model is unchanged.
 
     Args:
-      model: the model, or an abstract one of `nnx.eval_shape`. A shared layer can be named by any
+      model: the model, or an abstract one from `nnx.eval_shape`. A shared layer can be named by any
         of its paths.
       state_dict: what `model.state_dict()` returns, or the same from a file; see `from_torch`.
-      names: for each layer, its path in NNX ("blocks/0/conv") and its name in PyTorch
+      names: a mapping from the path of each layer in NNX ("blocks/0/conv") to its name in PyTorch
         ("blocks.0.conv"); see `variables_from_torch`.
       flattened, unused, kept: see `variables_from_torch`.
 
     Raises:
-      ValueError: a layer of `model` has no name, an entry of the state dict is missing, has no
-        place, or does not fit in shape or dtype; all are listed.
+      ValueError: a layer of `model` has no name, or an entry of the state dict is missing, has no
+        counterpart in `model`, or has the wrong shape or dtype; the text lists all of them.
       TypeError: `model` is not an `nnx.Module`, or an argument is not a mapping or a collection of
         strings.
 

@@ -10,29 +10,29 @@ from jaxbn.inference._trace import traced_model
 def find_pairs(model: Any, variables: Any, example: Any, **apply_kwargs: Any) -> dict[str, str]:
     """Find each layer whose output goes directly into a batch norm, and nowhere else.
 
-    The model is traced on the example input in evaluation mode, not computed. Layers are modules
-    with a `kernel`, of Flax or of others; batch norms are those of this library and of Flax, and
-    classes derived from them. A batch norm is left out if
+    The model is traced on the example input in evaluation mode, without computing anything. Layers
+    are modules with a `kernel`, from Flax or elsewhere. Batch norms are those of this library and
+    of Flax, and classes derived from them. A batch norm is left out if
 
-    - anything stands between it and the layer, even a reshape;
-    - the layer's output has another use, or its kernel or bias has;
-    - the layer has no bias, and is not one of Flax's, which read the bias that folding adds;
-    - one of them is called a second time, or inside `nn.scan`, `nn.vmap` or another loop, branch or
-      map (of equal blocks in one `nn.jit`, too);
+    - any operation lies between it and the layer, even a reshape;
+    - the layer's output, kernel or bias is also used elsewhere;
+    - the layer has no bias and is not one of Flax's layers, which read the bias that folding adds;
+    - either is called a second time, or inside `nn.scan`, `nn.vmap` or another loop, branch or
+      map (also if equal blocks share one `nn.jit`);
     - it has a mask, or its features are not on the last axis.
 
     Args:
       model: a `flax.linen.Module` or a `flax.nnx.Module`. It is not changed.
       variables: the variables of a Linen model, an `nnx.State`, or None to use the variables that
-        an `nnx.Module` holds. They may be shapes, as of `jax.eval_shape`.
+        an `nnx.Module` holds. They may be shapes, such as those from `jax.eval_shape`.
       example: an input of the model, as for `jaxbn.calibrate.recalibrate`: an array, a tuple of
         positional arguments, or a dict of keyword arguments. Arrays may be `jax.ShapeDtypeStruct`.
       **apply_kwargs: further arguments of `model.apply`, or of the NNX model, such as
         `train=False`.
 
     Returns:
-      The path of each layer with the path of its batch norm, in the order of the computation, as
-      `fold_linen` and `fold_nnx` take them.
+      A mapping from the path of each layer to the path of its batch norm, in the order of the
+      computation. `fold_linen` and `fold_nnx` take it as `pairs`.
 
     Raises:
       TypeError: `model` or `variables` has another type.

@@ -34,8 +34,8 @@ def fold(
 
     with the running mean :math:`\mu` and variance :math:`\sigma^2`, and the batch norm's own bias
     :math:`\beta`. In evaluation, the folded layer alone computes what the layer and the batch norm
-    computed, whatever its strides, padding, dilation or groups. The batch norm must directly follow
-    the layer.
+    computed together, for any strides, padding, dilation or groups. The batch norm must directly
+    follow the layer.
 
     Args:
       kernel: the layer's kernel, of any floating dtype, with its C output features on `axis`.
@@ -46,10 +46,10 @@ def fold(
         missing. Leaves have the shape (C,), or one that broadcasts, such as (1, C, 1, 1).
       state: the batch norm's mapping with `mean` and `var`, of the same shapes.
       epsilon: the number that the batch norm adds to the variance.
-      axis: the kernel's output axis: the last for every layer of Flax, depthwise and grouped ones
-        too, but -2 for a `ConvTranspose` with `transpose_kernel=True`. For PyTorch's kernels it is
-        0, and 1 for transposed convolutions. Those with groups need a `jax.vmap` over the groups,
-        because each group has its own output features.
+      axis: the kernel's output axis. In Flax, it is the last axis for every layer, depthwise and
+        grouped ones too, except for a `ConvTranspose` with `transpose_kernel=True`, where it is -2.
+        In PyTorch, it is 0, or 1 for transposed convolutions. Transposed convolutions with groups
+        need a `jax.vmap` over the groups, because each group has its own output features.
 
     Returns:
       The folded kernel and bias, which replace the layer's own when the batch norm is removed.

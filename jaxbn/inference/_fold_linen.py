@@ -27,57 +27,58 @@ def fold_linen(
 ) -> dict[str, Any]:
     """Fold batch norms into the layers before them, given the variables of a Linen model.
 
-    Each is folded by `fold`. The new variables are for the same model without those batch norms.
-    **In it, each layer before one must have `use_bias=True`**: Linen ignores a bias that no layer
-    reads, and the outputs would be wrong without an error. Compare the two models once.
+    Each batch norm is folded with `fold`. The new variables are for the same model without those
+    batch norms. **In the new model, each layer before one of them must have `use_bias=True`**:
+    Linen ignores a bias that no layer reads, and the outputs would be wrong without an error.
+    Compare the outputs of the two models once.
 
-    **Pass `model` and `example`.** The model is then run on the example in evaluation mode, which
-    finds the pairs, reads each epsilon and kernel axis from the layers, and checks everything:
+    **Pass `model` and `example`.** The model is then run on the example in evaluation mode to find
+    the pairs and to read each epsilon and kernel axis from the layers. The following is checked:
 
-    - each batch norm must directly follow its layer, with nothing between, not even a reshape;
-    - the output of the layer must go nowhere else, and neither may be called a second time;
-    - on the example, each folded layer must compute what layer and batch norm computed, up to
-      rounding. This needs values: inside `jax.jit`, it is left out.
+    - each batch norm directly follows its layer, with no operation in between, not even a reshape;
+    - the layer's output is not used elsewhere, and neither layer nor batch norm is called twice;
+    - on the example, each folded layer computes what layer and batch norm computed, up to rounding.
+      This check needs values, so it is skipped inside `jax.jit`.
 
-    Without them, `pairs`, `epsilon` and `axis` are taken as they are, and nothing of this is
-    checked: a wrong pair or epsilon gives a model with other outputs.
+    Without them, `pairs`, `epsilon` and `axis` are used without these checks: with a wrong pair or
+    epsilon, the outputs of the folded model are wrong.
 
-    A new bias has the shape (C,), or in a `ConvLocal` the one that its kernel implies. Without a
+    A new bias has the shape (C,) or, in a `ConvLocal`, the shape that its kernel implies. Without a
     model, layers are recognized by the names that Flax gives them. `DenseGeneral` and `Einsum` with
     kernels of more than two axes can be folded only if they have a bias, because their kernels do
-    not determine its shape: put zeros there first. The same holds for layers with a name of their
-    own whose bias is not (C,).
+    not determine its shape: add a bias of zeros first. The same applies to layers with a name of
+    their own whose bias does not have the shape (C,).
 
-    Leaves in boxes of Flax, such as those of `nn.with_partitioning`, stay in them. A new bias has
-    no box.
+    Leaves in boxes of Flax, such as those of `nn.with_partitioning`, stay in their boxes. A new
+    bias has no box.
 
     Args:
       model_variables: the model's variables, with collections `params` and `batch_stats`, as dicts
         or frozen dicts of Flax. They are not changed.
-      pairs: each layer with the batch norm after it: {"Conv_0": "BatchNorm_0"} or a sequence of
-        such pairs. Deeper paths are "Block_0/Conv_0" or ("Block_0", "Conv_0"). May be left out with
-        a model, whose batch norms must then all be foldable. To leave out those that are not, pass
-        `find_pairs(model, model_variables, example, ...)`, and keep them in the new model.
+      pairs: a mapping from each layer to the batch norm after it, {"Conv_0": "BatchNorm_0"}, or a
+        sequence of such pairs. Deeper paths are "Block_0/Conv_0" or ("Block_0", "Conv_0"). By
+        default, with a model, all of its batch norms, which must then be foldable. If some are not,
+        pass `find_pairs(model, model_variables, example, ...)`, and keep those in the new model.
       model: the `flax.linen.Module`.
       example: an input of the model, as for `jaxbn.calibrate.recalibrate`: an array, a tuple of
-        positional arguments, or a dict of keyword arguments. Pass real data: zeros check nothing,
-        and are rejected.
-      epsilon: the epsilon of all these batch norms, without a model by default 1e-5. If they
+        positional arguments, or a dict of keyword arguments. Pass real data: zeros cannot check
+        anything, and are rejected.
+      epsilon: the epsilon of all these batch norms. Without a model, the default is 1e-5. If they
         differ, pass the model, or fold them in several calls.
-      axis: the output axis of all these kernels, without a model by default -1.
+      axis: the output axis of all these kernels. Without a model, the default is -1.
       **apply_kwargs: further arguments of `model.apply`, such as `train=False`.
 
     Returns:
-      New variables, as plain dicts, with kernels folded and biases folded or added. The entries of
-      the batch norms are removed, and with them collections and modules that become empty.
+      New variables, as plain dicts, with folded kernels, and folded or new biases. The entries of
+      the batch norms are removed, as are collections and modules that become empty.
 
     Raises:
       ValueError: a collection is missing; the variables do not have a path, or it is named twice;
-        the layer and batch norm of a pair do not fit; a variance is one that `fold` rejects; a new
-        bias has an unknown shape. With a model: a batch norm is in training mode, a check fails, or
-        `epsilon` or `axis` is not that of the layers.
-      TypeError: `model_variables` is not a mapping, or `model` not a Linen module; a kernel, bias
-        or statistic has the wrong dtype; there are neither pairs nor a model.
+        the layer and batch norm of a pair do not fit; `fold` rejects a variance; the shape of a new
+        bias is unknown. With a model: a batch norm is in training mode, a check fails, or `epsilon`
+        or `axis` differs from that of the layers.
+      TypeError: `model_variables` is not a mapping, or `model` is not a Linen module; a kernel,
+        bias or statistic has the wrong dtype; neither pairs nor a model are given.
 
     Example:
       >>> import flax.linen as nn, jax, jaxbn.inference, jaxbn.linen

@@ -23,24 +23,25 @@ def fold_nnx(
 ) -> Model:
     """Return a copy of an NNX model with batch norms folded into the layers before them.
 
-    The model's code remains: in the copy, each folded batch norm returns its input, in the dtype
-    that it had, and its layer has the folded kernel and bias, a new one if it had none. The copy is
-    for evaluation only; in training mode, a folded batch norm raises an error.
+    The model's code need not change. In the copy, each folded batch norm returns its input, in the
+    dtype of its former output, and its layer has the folded kernel and bias; a layer without a bias
+    gets one. The copy is for evaluation only: in training mode, a folded batch norm raises an
+    error.
 
-    The model is run on the example in evaluation mode, which finds the pairs, as `find_pairs` does,
-    reads each epsilon and kernel axis from the layers, and checks that on the example each folded
-    layer computes what layer and batch norm computed, up to rounding. The check on the example
-    needs values: inside `jax.jit`, it is left out. Batch norms that cannot be folded, or are not
-    among the given pairs, stay.
+    The model is run on the example in evaluation mode to find the pairs, as `find_pairs` does, and
+    to read each epsilon and kernel axis from the layers. Each folded layer must then compute on the
+    example what layer and batch norm computed, up to rounding. This check needs values, so it is
+    skipped inside `jax.jit`. Batch norms that cannot be folded, or are not in `pairs`, are
+    unchanged.
 
     Args:
       model: a `flax.nnx.Module` in evaluation mode: call `model.eval()` first. It is not changed.
       example: an input of the model, as for `jaxbn.calibrate.recalibrate`: an array, a tuple of
-        positional arguments, or a dict of keyword arguments. Pass real data: zeros check nothing,
-        and are rejected.
-      pairs: each layer with the batch norm after it: {"blocks/0/conv": "blocks/0/norm"} or a
-        sequence of such pairs, with the paths of `nnx.state(model)`. By default all that can be
-        folded, of which there must be one.
+        positional arguments, or a dict of keyword arguments. Pass real data: zeros cannot check
+        anything, and are rejected.
+      pairs: a mapping from each layer to the batch norm after it, such as
+        {"blocks/0/conv": "blocks/0/norm"}, or a sequence of such pairs, with the paths of
+        `nnx.state(model)`. By default, all pairs that can be folded; there must be at least one.
       **apply_kwargs: further arguments of the model.
 
     Returns:
@@ -48,9 +49,9 @@ def fold_nnx(
 
     Raises:
       TypeError: `model` is not an `nnx.Module`, or `example` holds no arrays.
-      ValueError: nothing can be folded, or not a given pair; the text says why. A batch norm is in
-        training mode; a variance is one that `fold` rejects; on the example, a folded layer
-        computes something else.
+      ValueError: no batch norm, or not every given pair, can be folded, and the text says why; a
+        batch norm is in training mode; `fold` rejects a variance; a folded layer gives a different
+        output on the example.
 
     Example:
       >>> import jax, jaxbn.inference, jaxbn.nnx

@@ -27,9 +27,9 @@ def folded_entries(pair: Pair, layer: Entries, params: Entries, state: Entries) 
 
 
 def magnitudes(pair: Pair, layer: Entries, params: Entries, state: Entries) -> dict[str, Any]:
-    """Return the entries with which a layer sums the absolute values of what it sums if folded.
+    """Return entries with which a layer sums the absolute values of the folded layer's terms.
 
-    Its bias is the sum of the absolute terms of the folded bias.
+    The bias is the sum of the absolute values of the terms of the folded bias.
     """
     plain, params, state = (
         {key: jnp.abs(leaf) for key, leaf in _unboxed(entries).items() if leaf is not None}

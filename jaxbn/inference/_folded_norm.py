@@ -1,4 +1,4 @@
-"""What takes the place of a folded batch norm in an NNX model."""
+"""Replace a folded batch norm in an NNX model."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from jax.typing import ArrayLike
 
 
 class FoldedNorm(nnx.Module):
-    """Return the input, which is normalized already, in the dtype of the batch norm's output.
+    """Return the input, which is already normalized, in the dtype of the batch norm's output.
 
     Attributes:
       dtype: the dtype of the output.
-      use_running_average: must be True; `model.train()` sets it to False, and `model.eval()` back.
+      use_running_average: must be True in a call; `model.train()` sets it to False, and
+        `model.eval()` to True.
     """
 
     dtype: Any

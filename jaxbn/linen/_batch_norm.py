@@ -38,7 +38,8 @@ class BatchNorm(nn.Module):
     gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
     the mask in evaluation. A batch in which no value counts leaves the statistics unchanged, and no
     gradient flows into updated statistics. `epsilon=0` in training and a traced
-    `use_running_average` are rejected. The mean of complex inputs is complex from the start.
+    `use_running_average` are rejected. For complex inputs, the running mean is complex from the
+    start.
 
     As in Flax, initialization neither needs `axis_name` nor counts as a training step.
 

@@ -30,7 +30,7 @@ class BatchNorm(nnx.Module):
     gradient flows, in training and in evaluation; Flax normalizes masked-out values, and ignores
     the mask in evaluation. A batch in which no value counts leaves the statistics unchanged, and no
     gradient flows into updated statistics. `epsilon=0` in training and a traced
-    `use_running_average` are rejected. The running mean of complex inputs becomes complex; Flax's
+    `use_running_average` are rejected. For complex inputs, the running mean becomes complex; Flax's
     layer drops its imaginary part.
 
     Attributes:

@@ -21,9 +21,9 @@ class BatchRenorm(BatchNorm):
         deviations, at least 0. The defaults, 3 and 5, are the paper's final values.
 
     The other attributes are those of `jaxbn.nnx.BatchNorm`. For a warm-up, set both limits between
-    the steps, with `jaxbn.nnx.override(model, {"**": {"r_max": r_max, "d_max": d_max}})`. Arrays,
-    such as `jnp.array(1.5)`, do not recompile a step under `nnx.jit`. They are leaves of the model
-    until numbers take their place, so `nnx.split` then needs a last filter `...` for them.
+    steps, with `jaxbn.nnx.override(model, {"**": {"r_max": r_max, "d_max": d_max}})`. If the limits
+    are arrays, such as `jnp.array(1.5)`, a step under `nnx.jit` is not recompiled. As arrays, they
+    are leaves of the model, so `nnx.split` then needs a final filter `...` for them.
 
     Example:
       >>> import jax, jaxbn.nnx

@@ -18,7 +18,9 @@ from jaxbn.parity._adapters import linen_layer as linen_layer
 from jaxbn.parity._adapters import nnx_layer as nnx_layer
 from jaxbn.parity._adapters import torch_layer as torch_layer
 from jaxbn.parity._compare import AccuracyReport as AccuracyReport
+from jaxbn.parity._compare import AccuracyRow as AccuracyRow
 from jaxbn.parity._compare import Report as Report
+from jaxbn.parity._compare import Row as Row
 from jaxbn.parity._compare import assert_parity as assert_parity
 from jaxbn.parity._compare import compare as compare
 from jaxbn.parity._compare import compare_accuracy as compare_accuracy
@@ -31,10 +33,12 @@ from jaxbn.parity._match import match_names as match_names
 
 __all__ = [
     "AccuracyReport",
+    "AccuracyRow",
     "ConventionError",
     "DifferentiableLayer",
     "Layer",
     "Report",
+    "Row",
     "assert_parity",
     "batch_norm_layer",
     "compare",

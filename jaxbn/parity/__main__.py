@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     asked = options.frameworks is not None
-    names = [name for name in options.frameworks.split(",") if name] if asked else others
+    names = list(filter(None, map(str.strip, options.frameworks.split(",")))) if asked else others
     if unknown := sorted(set(names) - set(others)):
         parser.error(f"unknown frameworks {', '.join(unknown)}; there are {', '.join(others)}")
     terminal = not (options.json or options.markdown)

@@ -1,4 +1,4 @@
-"""Find out which layer of one network is which layer of another."""
+"""Find which layers of two networks correspond."""
 
 from __future__ import annotations
 
@@ -26,37 +26,39 @@ def match_names(
     evaluation: Mapping[str, Any] | None = None,
     channels_first: Collection[int] = (4, 5),
 ) -> dict[str, str]:
-    """Run two networks on an example, and return which layer corresponds to which.
+    """Run two networks on an example, and return which layers correspond.
 
     Layers are all submodules with parameters or running statistics of their own: batch norms and
     other norms, convolutions, linear layers and embeddings. If both networks call layers of the
-    same kinds and shapes in the same order, they correspond in this order. Otherwise, such as when
-    one of them computes the shortcut of a block first, layers correspond in the order among those
-    with the same kind and shape, where a batch norm must follow on a layer of the same kind and
-    shape, too. The values of the parameters are not used. So a shortcut with the shape of a layer
-    of the main branch is matched incorrectly if only one network computes it first:
-    `compare_models` then reports a difference there, and you must exchange the two names.
+    same kinds and shapes in the same order, the layers are matched in that order. Otherwise, for
+    example if only one network computes the shortcut of a block first, the layers of each kind and
+    shape are matched in the order in which they are called. Batch norms are then matched only if
+    the layers before them have the same kind and shape, too.
+
+    The values of the parameters are not used. So if only one network computes a shortcut first, and
+    the shortcut has the kind and shape of a layer of the main branch, the two are matched
+    incorrectly. `compare_models` then reports a difference there, and you must swap the two names.
 
     Args:
       candidate: the network whose names are the keys: a Linen module, bound, in the pair `(model,
         variables)`, or alone, since shapes are enough; an NNX module, or the parts that `nnx.split`
-        makes of it; a built Keras model on the JAX backend; or a PyTorch module.
+        returns for it; a built Keras model on the JAX backend; or a PyTorch module.
       reference: the other network, of any of these kinds.
       x: an input in Flax's layout, a batch of images (N, H, W, C).
-      evaluation: the keyword arguments of a call of a Flax model in evaluation. By default, the
-        usual ones that its `__call__` has: `train=False`, `training=False`, `is_training=False`,
-        `deterministic=True` and `use_running_average=True`.
-      channels_first: the numbers of dimensions of those arrays that have their channels first in
-        PyTorch and last in Flax.
+      evaluation: the keyword arguments for calling a Flax model in evaluation. By default, those of
+        the usual ones that its `__call__` accepts: `train=False`, `training=False`,
+        `is_training=False`, `deterministic=True` and `use_running_average=True`.
+      channels_first: the ranks of arrays whose channels come first in PyTorch and last in Flax.
 
     Returns:
-      The name in the reference of each layer of the candidate, in the order of the candidate's
-      calls: {"ResBlock_0/BatchNorm_1": "blocks.0.bn2"}. `compare_models` takes it as `names`.
+      A mapping from the name of each layer of the candidate to its name in the reference, in the
+      order of the candidate's calls: {"ResBlock_0/BatchNorm_1": "blocks.0.bn2"}. `compare_models`
+      takes it as `names`.
 
     Raises:
       ValueError: a layer has no counterpart; neither network has layers; or `x` has its channels
-        first, or another dtype than a PyTorch model.
-      TypeError: one of the networks is of no known kind.
+        first, or its dtype differs from that of a PyTorch model.
+      TypeError: one of the networks is of an unknown kind.
 
     Example:
       >>> import flax.linen as nn, numpy as np, torch
@@ -79,12 +81,12 @@ def match_names(
     return matched(ours, theirs)
 
 
-# What messages call a network, and the calls of its submodules.
+# The name of a network in messages, and the calls of its submodules.
 LabelAndCalls = tuple[str, Sequence[Call]]
 
 
 def matched(candidate: LabelAndCalls, reference: LabelAndCalls) -> dict[str, str]:
-    """Return the names of the reference's layers by those of the candidate's."""
+    """Return a mapping from the names of the candidate's layers to those of the reference's."""
     ours, theirs = _first_calls(candidate[1]), _first_calls(reference[1])
     if not ours and not theirs:
         raise ValueError(
@@ -115,7 +117,7 @@ def _first_calls(calls: Sequence[Call]) -> list[Call]:
 
 
 def _signatures(calls: Sequence[Call]) -> list[tuple[Facts, Facts | None]]:
-    """Return what each layer is and, for a batch norm, what the layer directly before it is."""
+    """Return facts about each layer and, for a batch norm, about the layer directly before it."""
     layers = {call.name: call.layer for call in calls}
     signatures = []
     for call in calls:
@@ -127,14 +129,14 @@ def _signatures(calls: Sequence[Call]) -> list[tuple[Facts, Facts | None]]:
 
 
 class _Side(NamedTuple):
-    """The layers of one network, and what each is."""
+    """The layers of one network, and the signature of each."""
 
     label: str
     layers: Sequence[Call]
     signatures: Sequence[tuple[Facts, Facts | None]]
 
     def around(self, place: int) -> str:
-        """Return the layers around a place in words."""
+        """Return a text that lists the layers around a place."""
         start, stop = max(place - _AROUND, 0), place + _AROUND + 1
         shown = [f"{call.name} ({call.layer})" for call in self.layers[start:stop]]
         before, after = ["..."] * (start > 0), ["..."] * (stop < len(self.layers))

@@ -29,16 +29,16 @@ def compare_accuracy(
     """Run two networks in float32 and in float64, and report which one rounds more, and where.
 
     `compare_models` in float32 shows by how much two networks differ, but not which of them is
-    wrong. Here, the error of each is measured against its own results in float64, which takes the
-    same parameters, statistics and input. It says something about rounding only where both agree
-    in float64, which the report shows, too.
+    wrong. Here, the error of each is measured against its own results in float64, with the same
+    parameters, statistics and input. The errors measure rounding only if the two networks agree in
+    float64, and the report shows whether they do.
 
-    JAX's 64-bit types are turned on for the runs in float64, so they need not be on. A network in
-    JAX must leave the dtype to its input and parameters: one that is made with `dtype=jnp.float32`
-    has no float64.
+    JAX's 64-bit types are enabled for the runs in float64, so you need not enable them. A network
+    in JAX must take its dtype from its input and parameters: one that is made with
+    `dtype=jnp.float32` cannot run in float64.
 
     Args:
-      candidate: see `compare_models`. A Keras model cannot change its dtype.
+      candidate: see `compare_models`. A Keras model is rejected: its dtype is fixed.
       reference: see `compare_models`.
       x: the input in Flax's layout, a batch of images (N, H, W, C), floating.
       names: see `compare_models`.
@@ -47,7 +47,7 @@ def compare_accuracy(
       channels_first: see `compare_models`.
 
     Returns:
-      A report with a row per intermediate, in the order of `compare_models`.
+      A report with one row per quantity, in the order of `compare_models`.
 
     Raises:
       ValueError: see `compare_models`; or a network returns float32 for an input in float64.

@@ -1,4 +1,4 @@
-"""Hold the errors of two networks, a row per intermediate, and a text to read."""
+"""Hold the errors of two networks: one row per quantity, and a readable text."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class AccuracyRow(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times as large the reference's error is as the candidate's."""
+        """The reference's error divided by the candidate's."""
         if self.candidate_error == 0:
             return 1.0 if self.reference_error == 0 else math.inf
         return self.reference_error / self.candidate_error

@@ -29,45 +29,45 @@ def compare_models(
 
     Both run in evaluation and in training, forward, and backward from `sum(output * cotangent)`
     for a fixed random cotangent. Gradients are with respect to the intermediates. After the
-    training step, the running statistics of the named submodules are compared; the report notes
-    which statistics no name covers. Networks in JAX are compiled once for each mode.
+    training step, the running statistics of the named submodules are compared. The report notes
+    statistics that no name covers. Networks in JAX are compiled once for each mode.
 
-    If they differ, `compare` trains the first batch norm that differs and its counterpart on some
-    of the values that arrived there, and the report has its diagnosis.
+    If the networks differ, the first batch norm that differs and its counterpart are trained by
+    `compare` on some of the inputs that they received, and the report contains its diagnosis.
 
     Args:
       candidate: the network to check: a Linen module, bound, `model.bind(variables)`, or in the
-        pair `(model, variables)`; an NNX module, or the parts that `nnx.split` makes of it; a built
-        Keras model on the JAX backend; or a PyTorch module. It is not changed.
+        pair `(model, variables)`; an NNX module, or the parts that `nnx.split` returns for it; a
+        built Keras model on the JAX backend; or a PyTorch module. It is not changed.
       reference: the network that it should agree with, of any of these kinds. It is not changed.
       x: the input in Flax's layout, a batch of images (N, H, W, C), in the dtype of both networks.
-      names: for each intermediate, the name of the submodule in the candidate
-        ("ResBlock_0/BatchNorm_1") and in the reference ("blocks.0.bn2"), in the order in which they
-        are computed. The input and the output of the network are always compared. By default, all
-        layers that `match_names` finds. Submodules inside `nn.remat`, `nn.scan` or another
-        transformation cannot be compared.
-      evaluation: the keyword arguments of a call of a Flax model in evaluation. By default, the
-        usual ones that its `__call__` has: `train=False`, `training=False`, `is_training=False`,
-        `deterministic=True` and `use_running_average=True`.
-      training: the keyword arguments of a call in training. Layers that draw random numbers, such
-        as dropout, will differ, and the report notes which dropouts are active.
-      channels_first: the numbers of dimensions of those arrays that have their channels first in
-        PyTorch and last in Flax. Add 3 for one-dimensional convolutions.
+      names: a mapping from the name of each submodule of the candidate ("ResBlock_0/BatchNorm_1")
+        to its name in the reference ("blocks.0.bn2"), in the order in which they are computed. The
+        input and the output of the network are always compared. By default, all layers that
+        `match_names` finds. Submodules inside `nn.remat`, `nn.scan` or another transformation
+        cannot be compared.
+      evaluation: the keyword arguments for calling a Flax model in evaluation. By default, those of
+        the usual ones that its `__call__` accepts: `train=False`, `training=False`,
+        `is_training=False`, `deterministic=True` and `use_running_average=True`.
+      training: the keyword arguments for calling it in training. Layers that draw random numbers,
+        such as dropout, will differ, and the report notes which dropouts are active.
+      channels_first: the ranks of arrays whose channels come first in PyTorch and last in Flax. Add
+        3 for one-dimensional convolutions.
       rtol: the largest relative error that counts as equal. Errors are relative to the largest
         magnitude of the reference's array. The default allows float32 rounding through some tens of
         layers.
 
     Returns:
-      A report with a row per intermediate, in the order of the computation: evaluation forward,
+      A report with one row per quantity, in the order of the computation: evaluation forward,
       training forward, running statistics, evaluation backward and training backward. Its
       `first_difference` is the first row beyond `rtol`.
 
     Raises:
-      ValueError: there are no names; one of the networks does not have a name, or does not call it
-        exactly once; `match_names` raises; `x` has its channels first, or another dtype than a
-        PyTorch model; or `rtol` is negative, infinite or NaN.
-      TypeError: a network is of no known kind or has no variables; an intermediate is not a single
-        array; or `rtol` is not a number.
+      ValueError: `names` is empty; a network does not have one of the submodules, or does not call
+        it exactly once; `match_names` raises; `x` has its channels first, or its dtype differs from
+        that of a PyTorch model; or `rtol` is negative, infinite or NaN.
+      TypeError: a network is of an unknown kind or has no variables; an intermediate is not a
+        single array; or `rtol` is not a number.
 
     Example:
       >>> import flax.linen as nn, jax, numpy as np, torch

@@ -1,4 +1,4 @@
-"""Hold the result of a comparison: a row per quantity, and a text to read."""
+"""Hold the result of a comparison: one row per quantity, and a readable text."""
 
 import math
 import numbers
@@ -24,9 +24,9 @@ class Row(NamedTuple):
         their parameters, and for networks, it is that of the whole array. The error is infinite if
         shapes differ or values are not finite.
       ulp: the largest difference in units in the last place of the same magnitude, in the
-        reference's dtype. Errors of values near zero, which are often differences of larger values,
-        are measured by those larger values.
-      note: why it could not be measured.
+        reference's dtype. Values near zero are often differences of larger values, so their errors
+        are measured relative to those larger values.
+      note: why the error could not be measured.
     """
 
     stage: str
