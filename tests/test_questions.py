@@ -108,7 +108,8 @@ def test_experiment(number, tmp_path, capsys):
     assert len(VERDICT.findall(section)) == len(verdicts) == section.count("- Prediction: ")
     (picture,) = tmp_path.iterdir()
     assert picture.name == f"{NAMES[number]}.png"
-    assert picture.stat().st_size < 100_000
+    # Pictures have 200 dots per inch, for sharp screens, and are part of the repository.
+    assert picture.stat().st_size < 200_000
     pixels = image.imread(picture)
     assert pixels.shape[0] > 300 and pixels.shape[1] > 700
     assert pixels[..., :3].std() > 0.01
