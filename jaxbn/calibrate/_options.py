@@ -39,4 +39,4 @@ _HINT = "To pass the model an argument of this name, make each batch a dict of k
 
 
 def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 1)
