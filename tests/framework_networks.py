@@ -9,6 +9,7 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from tests.small_networks import with_random_values
 
 WIDTHS = (3, 5, 4)
 # The names in Linen, NNX and Keras, and those in PyTorch.
@@ -70,16 +71,9 @@ class TorchBlock(torch.nn.Module):
 
 
 def torch_net(dropout=0.0, dtype=torch.float32, **options):
-    """Make the network, with values that differ from each other and from the initial ones."""
+    """Make the network, with random values."""
     model = torch.nn.Sequential(torch.nn.Linear(*WIDTHS[:2]), TorchBlock(dropout, options))
-    model = model.to(dtype)
-    generator = torch.Generator().manual_seed(3)
-    for name, tensor in model.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2, generator=generator)
-        elif tensor.is_floating_point():
-            tensor.normal_(0, 0.5, generator=generator)
-    return model
+    return with_random_values(model.to(dtype), seed=3)
 
 
 def leaves_of(model):

@@ -77,9 +77,13 @@ class TorchNet(torch.nn.Module):
 
 
 def torch_net(dtype=torch.float64):
-    """Make the network, with values that differ from each other and from the initial ones."""
-    model = TorchNet().to(dtype)
-    generator = torch.Generator().manual_seed(1)
+    """Make the network, with random values."""
+    return with_random_values(TorchNet().to(dtype), seed=1)
+
+
+def with_random_values(model, seed):
+    """Return the network with values that differ from each other and from the initial ones."""
+    generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 2, generator=generator)

@@ -51,7 +51,7 @@ def recalibrate_together(
         return Message(digest=_digest(new)), observed.replace_statistics(shared_like(old, new))
 
     messages, (observed, own_batches, shown) = _in_all(prepare)
-    _check_digests(messages, "parameters")
+    _check_variables(messages, "parameters")
     messages, _ = _in_all(lambda: (Message(digest=str(options.passes)), None))
     _check_passes(messages)
     with shown as report:
@@ -60,7 +60,7 @@ def recalibrate_together(
         )
     messages, new_variables = _in_all(finish)
     # Those that are replaced may differ before, as they do without a mapped axis in training.
-    _check_digests(messages, "running statistics where they are kept")
+    _check_variables(messages, "running statistics where they are kept")
     return new_variables
 
 
@@ -109,21 +109,22 @@ def _digest(tree: Any) -> str:
 
 def _check_passes(messages: list[Message]) -> None:
     """Check `passes`, since otherwise a process would wait for others that have finished."""
-    first = messages[0]
-    for message in messages:
-        if message.digest != first.digest:
-            raise ValueError(
-                f"passes must be the same in all processes, got {message.digest} in process "
-                f"{message.process} and {first.digest} in process {first.process}."
-            )
+    if (other := _first_different(messages)) is not None:
+        raise ValueError(
+            f"passes must be the same in all processes, got {other.digest} in process "
+            f"{other.process} and {messages[0].digest} in process {messages[0].process}."
+        )
 
 
-def _check_digests(messages: list[Message], what: str) -> None:
-    first = messages[0]
-    for message in messages:
-        if message.digest != first.digest:
-            raise ValueError(
-                f"variables must have the same {what} in all processes, got others in process "
-                f"{message.process} than in process {first.process}: give all those of one, with "
-                f"jax.experimental.multihost_utils.broadcast_one_to_all(variables)."
-            )
+def _check_variables(messages: list[Message], what: str) -> None:
+    if (other := _first_different(messages)) is not None:
+        raise ValueError(
+            f"variables must have the same {what} in all processes, got others in process "
+            f"{other.process} than in process {messages[0].process}: give all those of one, with "
+            f"jax.experimental.multihost_utils.broadcast_one_to_all(variables)."
+        )
+
+
+def _first_different(messages: list[Message]) -> Message | None:
+    """Return the first message whose digest is not that of the first process, or None."""
+    return next((message for message in messages if message.digest != messages[0].digest), None)

@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxbn.parity._layer import Layer
 
-# A program is compiled for one size, and a network has layers of many. Few have more than this
-# many features, and a batch of so many takes hardly longer to compute than one of a few.
+# A program is compiled for one size, but the layers of a network have many sizes. Few layers have
+# more features than this, and a batch of this many costs hardly more to compute than a small one.
 _FEATURES = 2048
 
 

@@ -39,7 +39,7 @@ class LinenNetwork(JaxNetwork):
         def intercept(call, args, kwargs, context):
             module = context.module
             name = "/".join(module.path)
-            # The network itself is no submodule, unless it is a single layer.
+            # Only calls of `__call__` are recorded, not those of other methods.
             if context.method_name != "__call__":
                 return call(*args, **kwargs)
             if isinstance(module, nn.Dropout) and _is_active(module, *args, **kwargs):
