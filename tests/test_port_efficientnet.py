@@ -65,7 +65,7 @@ def test_the_command_prints_each_step(printed):
         "matched and converted 9 layers",
         "│ rocket │",
         "│ training backward │",
-        "folded, logits differ by",
+        "folded: the logits differ by",
         "read back, its logits differ by",
         "│ the first recalibrated │",
         "┃ frozen, ┃ frozen, ┃ live, ┃ live, ┃",
