@@ -209,6 +209,70 @@ def test_channels_first(theirs):
         compare_models(theirs, ours, x)
 
 
+@pytest.mark.parametrize("framework", ["Flax", "PyTorch"])
+def test_channels_first_into_a_batch_norm(framework):
+    theirs = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    ours = nn.Sequential([nn.BatchNorm(use_running_average=True)])
+    ours = ours, ours.init(jax.random.key(0), np.ones((4, 5, 5, 3), np.float32))
+    networks = (ours, theirs) if framework == "Flax" else (theirs, ours)
+    name = {"Flax": "layers_0", "PyTorch": "0"}[framework]
+    with raises(ValueError, NCHW.format(framework).replace("conv1", name)):
+        compare_models(*networks, np.ones((4, 3, 5, 5), np.float32))
+
+
+def test_a_batch_norm_whose_features_are_on_axis_1():
+    theirs = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    ours = nn.Sequential([nn.BatchNorm(use_running_average=True, axis=1)])
+    x = np.random.default_rng(0).normal(size=(4, 3, 5, 5)).astype(np.float32)
+    variables = ours.init(jax.random.key(0), x)
+    report = compare_models((ours, variables), theirs, x, channels_first=())
+    forward = next(row for row in report.rows if row.stage == "evaluation forward")
+    assert forward.relative <= 1e-6, str(report)
+
+
+def test_one_dimensional_arrays_that_channels_first_lacks():
+    theirs = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3, padding=1))
+    ours = nn.Sequential([nn.Conv(4, (3,), padding=1)])
+    x = np.ones((3, 7, 2), np.float32)
+    variables = ours.init(jax.random.key(0), x)
+    with raises(
+        ValueError,
+        "0 in PyTorch takes 2 channels on axis 1, but gets x of shape (3, 7, 2) as it is, because "
+        "channels_first does not have 3: pass channels_first=(3, 4, 5).",
+    ):
+        compare_models((ours, variables), theirs, x)
+
+
+def test_names_that_are_a_list(theirs):
+    with raises(
+        TypeError,
+        "names must be a mapping from the candidate's names to the reference's, such as "
+        "{'block/bn': 'block.bn'}, got list.",
+    ):
+        compare_models((net(), variables_of(theirs)), theirs, images(), ["bn1"])
+
+
+def test_integers_into_a_layer_of_pytorch(standard_promotion):
+    x = np.ones((4, 3), np.int32)
+    ours = nn.Sequential([nn.Dense(2)])
+    variables = ours.init(jax.random.key(0), x)
+    with raises(
+        ValueError,
+        "0 in PyTorch takes floating numbers, but was given int32: pass x.astype('float32').",
+    ):
+        compare_models((ours, variables), torch.nn.Sequential(torch.nn.Linear(3, 2)), x)
+
+
+def test_bfloat16_into_a_layer_of_pytorch():
+    theirs = torch_net().float()
+    with raises(
+        ValueError,
+        "the parameters in PyTorch are float32, but x is bfloat16: pass x.astype('float32'), or "
+        "convert the model to bfloat16.",
+    ):
+        compare_models((net(), variables_of(theirs)), theirs, images().astype(jnp.bfloat16))
+
+
 def test_dtypes_that_differ(theirs):
     ours = (net(), variables_of(theirs))
     with raises(

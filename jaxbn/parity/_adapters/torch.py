@@ -1,13 +1,18 @@
 """Wrap a batch norm of PyTorch."""
 
+from __future__ import annotations
+
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.convert._entries import array
 from jaxbn.parity._layer import DifferentiableLayer
+
+if TYPE_CHECKING:
+    import torch
 
 
 def torch_layer(layer: Any) -> DifferentiableLayer:
@@ -44,6 +49,18 @@ def torch_layer(layer: Any) -> DifferentiableLayer:
     return _TorchLayer(layer)
 
 
+def tensor_of(x: np.ndarray) -> torch.Tensor:
+    """Return a copy of an array as a tensor."""
+    import torch
+
+    # PyTorch does not know NumPy's bfloat16; float32 holds its values exactly.
+    return (
+        torch.tensor(x.astype(np.float32)).bfloat16()
+        if x.dtype == jnp.bfloat16
+        else torch.tensor(x)
+    )
+
+
 class _TorchLayer:
     """A copy of a `torch.nn.BatchNorm1d`, `2d` or `3d`."""
 
@@ -58,11 +75,7 @@ class _TorchLayer:
         self.ones = (1,) * (next((r for t, r in rank.items() if isinstance(layer, t)), 2) - 2)
 
     def _tensor(self, x: np.ndarray) -> Any:
-        # PyTorch does not know NumPy arrays of bfloat16; float32 holds their values exactly.
-        known = x.dtype in (np.float16, np.float32, np.float64)
-        tensor = self.torch.tensor(x if known else x.astype(np.float32))
-        if not known:
-            tensor = tensor.to(getattr(self.torch, x.dtype.name))
+        tensor = tensor_of(x)
         # A layer in float32 accepts half precision, too; any other accepts only its own dtype.
         own = self.layer.running_mean
         if own.dtype != self.torch.float32:

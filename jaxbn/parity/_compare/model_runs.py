@@ -89,7 +89,13 @@ def checked_names(
 
     Raises:
       ValueError: there are none.
+      TypeError: they are not a mapping.
     """
+    if names is not None and not isinstance(names, Mapping):
+        raise TypeError(
+            "names must be a mapping from the candidate's names to the reference's, such as "
+            f"{{'block/bn': 'block.bn'}}, got {type(names).__name__}."
+        )
     notes = []
     if names is None:
         ours, theirs = (network.calls(x, False) for network in (candidate, reference))

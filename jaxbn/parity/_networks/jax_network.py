@@ -63,11 +63,11 @@ class Recorder:
           name: the name of the submodule.
           facts: returns what is known about it; called before and after, since the first call of a
             Linen module makes its parameters.
-          axis: its feature axis, if it is a batch norm.
+          axis: its feature axis, if it has one.
           call, args, kwargs: the call.
         """
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, jax.Array)), None)
-        if x is not None:
+        if x is not None and axis in (None, -1, x.ndim - 1):
             require_channels_last(self.label, name, facts(), self.x.shape, x.shape)
         y = call(*args, **kwargs)
         layer = facts()

@@ -26,7 +26,7 @@ class Facts(NamedTuple):
 
 
 def batch_norm(features: Shape) -> Facts:
-    return Facts("batch norm", features, None)
+    return Facts("batch norm", features, features[0] if len(features) == 1 else None)
 
 
 def normalization(features: Shape) -> Facts:

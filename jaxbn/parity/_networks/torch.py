@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.convert._entries import array
-from jaxbn.parity._adapters.torch import torch_layer
+from jaxbn.parity._adapters.torch import tensor_of, torch_layer
 from jaxbn.parity._layer import DifferentiableLayer
-from jaxbn.parity._networks.layers import Facts, require_channels_last
+from jaxbn.parity._networks.layers import Facts, Shape, require_channels_last
 from jaxbn.parity._networks.network import (
     INPUT,
     OUTPUT,
@@ -153,7 +153,7 @@ class TorchNetwork:
         return type(self)(self.label, model, self.channels_first)
 
     def _copy(self, x: np.ndarray, train: bool) -> torch.nn.Module:
-        """Return a copy in this mode, which checks that the first layer gets channels first."""
+        """Return a copy in this mode, which checks the layout and dtype of what it is given."""
         model = copy.deepcopy(self.model).train(train)
         for name, module in model.named_modules():
             facts = facts_of(module)
@@ -164,11 +164,30 @@ class TorchNetwork:
         return model
 
     def _check(self, name: str, facts: Facts, x: np.ndarray, args: Sequence[Any]) -> None:
-        if args:
-            arrived = tuple(args[0].shape)
-            if len(arrived) in self.channels_first:
-                arrived = (arrived[0], *arrived[2:], arrived[1])
+        if not args:
+            return
+        arrived = tuple(args[0].shape)
+        if len(arrived) in self.channels_first:
+            arrived = (arrived[0], *arrived[2:], arrived[1])
             require_channels_last(self.label, name, facts, x.shape, arrived)
+        elif facts.kind != "linear":
+            self._require_channels_first(name, facts, x.shape, arrived)
+        if not (args[0].is_floating_point() or args[0].is_complex()):
+            kind = str(args[0].dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} in {self.label} takes floating numbers, but was given {kind}: pass "
+                "x.astype('float32')."
+            )
+
+    def _require_channels_first(self, name: str, facts: Facts, x: Shape, arrived: Shape) -> None:
+        """Raise if the network's input has the channels on its last axis that are needed on 1."""
+        if arrived == x and len(x) > 2 and x[1] != facts.channels == x[-1]:
+            ranks = tuple(sorted({len(x), *self.channels_first}))
+            raise ValueError(
+                f"{name} in {self.label} takes {facts.channels} channels on axis 1, but gets x of "
+                f"shape {x} as it is, because channels_first does not have {len(x)}: pass "
+                f"channels_first={ranks}."
+            )
 
     def _tensor(self, x: np.ndarray) -> torch.Tensor:
         """Return the input as a tensor of the model's device, with channels first."""
@@ -177,7 +196,7 @@ class TorchNetwork:
         first = next(self.model.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
         # JAX decides the dtype: without its 64-bit types, float64 becomes float32.
-        tensor = torch.tensor(self._to_torch(np.asarray(jnp.asarray(x))), device=device)
+        tensor = tensor_of(self._to_torch(np.asarray(jnp.asarray(x)))).to(device)
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         own = next(floating, tensor.dtype)
         if tensor.is_floating_point() and own != tensor.dtype:
