@@ -55,6 +55,8 @@ def errors(mesh, is_last):
     yield error("exhausted", run, variables, Once(batches) if is_last else batches)
     yield error("parameters", run, chain(key=int(is_last))[1], batches)
     yield error("passes", run, variables, batches, passes=1 if is_last else None)
+    estimator = "biased" if is_last else None
+    yield error("running_variance", run, variables, batches, running_variance=estimator)
     yield error("progress", run, variables, batches, progress=failing if is_last else False)
     no_statistics = {"params": variables["params"]}
     yield error("no statistics", run, no_statistics if is_last else variables, batches)

@@ -32,10 +32,11 @@ DIFFERENT = (
 )
 OTHER_PARAMETERS = DIFFERENT.format("parameters")
 OTHER_STATISTICS = DIFFERENT.format("running statistics where they are kept")
-OTHER_PASSES = (
-    "ValueError: passes must be the same in all processes, got 1 in process 1 and None in process "
-    "0."
+OTHER_OPTION = (
+    "ValueError: {} must be the same in all processes, got {} in process 1 and None in process 0."
 )
+OTHER_PASSES = OTHER_OPTION.format("passes", 1)
+OTHER_ESTIMATOR = OTHER_OPTION.format("running_variance", "'biased'")
 NO_TERMINAL = "OSError: the terminal is gone"
 NO_STATISTICS = (
     "ValueError: variables have no 'mean' and 'var' in BatchNorm_0. The running statistics are "
@@ -63,6 +64,7 @@ ERRORS = {
     "statistics of a layer in evaluation mode": (OTHER_STATISTICS, OTHER_STATISTICS),
     "statistics of a feature without values": (OTHER_STATISTICS, OTHER_STATISTICS),
     "passes": (OTHER_PASSES, OTHER_PASSES),
+    "running_variance": (OTHER_ESTIMATOR, OTHER_ESTIMATOR),
     "progress": (IN_SECOND + NO_TERMINAL, NO_TERMINAL),
     "no statistics": (IN_SECOND + NO_STATISTICS, NO_STATISTICS),
     "shared batches in together": (SHARED_BATCHES, SHARED_BATCHES),

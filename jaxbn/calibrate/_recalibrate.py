@@ -112,8 +112,8 @@ def recalibrate(
         frozen; there is one value per feature, which has no unbiased variance; statistics are not
         finite; a batch norm is in a loop that carries its statistics; `passes`,
         `running_variance` or `processes` is invalid. With `processes="together"`: parameters,
-        `passes` or running statistics that are kept differ between processes, or arrays are divided
-        among the processes.
+        `passes`, `running_variance` or running statistics that are kept differ between processes,
+        or arrays are divided among the processes.
       ModuleNotFoundError: `progress` is True and rich is not installed.
       RuntimeError: the call failed in another process. The text says where and why.
 

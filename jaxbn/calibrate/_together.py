@@ -52,8 +52,10 @@ def recalibrate_together(
 
     messages, (observed, own_batches, shown) = _in_all(prepare)
     _check_variables(messages, "parameters")
-    messages, _ = _in_all(lambda: (Message(digest=str(options.passes)), None))
-    _check_passes(messages)
+    for name in ("passes", "running_variance"):
+        text = repr(getattr(options, name))
+        messages, _ = _in_all(lambda text=text: (Message(digest=text), None))
+        _check_option(name, messages)
     with shown as report:
         calls, _ = exact_statistics(
             observed, own_batches, gather, most_passes=options.passes, report=report
@@ -107,11 +109,11 @@ def _digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def _check_passes(messages: list[Message]) -> None:
-    """Check `passes`, since otherwise a process would wait for others that have finished."""
+def _check_option(name: str, messages: list[Message]) -> None:
+    """Check an option. With other `passes`, a process would wait for others that have finished."""
     if (other := _first_different(messages)) is not None:
         raise ValueError(
-            f"passes must be the same in all processes, got {other.digest} in process "
+            f"{name} must be the same in all processes, got {other.digest} in process "
             f"{other.process} and {messages[0].digest} in process {messages[0].process}."
         )
 
