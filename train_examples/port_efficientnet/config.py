@@ -18,7 +18,7 @@ class Config:
     stages: int = STAGES
     photographs: int = PHOTOGRAPHS
     image_size: int = 224
-    training_photographs: int = 4
+    training_photographs: int = 8
     training_size: int = 112
     out: Path = Path("out/port_efficientnet/efficientnet_lite0.jax")
 
