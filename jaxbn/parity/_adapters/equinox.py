@@ -56,4 +56,6 @@ def equinox_layer(layer: Any, state: Any) -> DifferentiableLayer:
 
     params = {name: getattr(layer, name) for name in ("weight", "bias")}
     params = {name: value for name, value in params.items() if value is not None}
-    return JaxFunctionLayer(apply, params, state, statistics, named)
+    return JaxFunctionLayer(
+        apply, params, state.substate(layer), statistics, named, with_features=lambda _: apply
+    )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._batch_norm import Params, State, batch_norm
+from jaxbn.parity._adapters.shared_jit import shared_jit
 from jaxbn.parity._layer import DifferentiableLayer
 
 Apply = Callable[[Any, Any, jax.Array, bool], tuple[jax.Array, Any]]
@@ -55,7 +56,8 @@ class JaxFunctionLayer:
     """A layer made of a pure function `apply(params, state, x, train) -> (y, state)`.
 
     Args:
-      apply: the function. Layers whose functions are equal share compiled programs.
+      apply: the function. Layers share compiled programs if their functions are equal or, after
+        tracing, turn out to be the same program.
       params, state: its first two arguments. The layer replaces its state after each training step.
       statistics: takes the running mean and variance out of a state.
       named: takes `scale` and `bias` out of anything with the structure of `params`.
@@ -102,7 +104,7 @@ class JaxFunctionLayer:
 
         Return None if the layer cannot have another number of features.
         """
-        num_features = len(self.running()[0])
+        num_features = jax.eval_shape(self.statistics, self.state)[0].size
         leaves = jax.tree.leaves((self.params, self.state))
         if self.with_features is None or not all(_is_per_feature(v, num_features) for v in leaves):
             return None
@@ -128,13 +130,13 @@ def _programs(apply: Apply) -> _Programs:
         return y, *vjp(dy.astype(y.dtype)), state
 
     return _Programs(
-        jax.jit(lambda params, state, x: apply(params, state, x, True)),
-        jax.jit(lambda params, state, x: apply(params, state, x, False)[0]),
-        jax.jit(step),
+        shared_jit(lambda params, state, x: apply(params, state, x, True)),
+        shared_jit(lambda params, state, x: apply(params, state, x, False)[0]),
+        shared_jit(step),
     )
 
 
-# The layers of a network have few different options.
+# Equal functions are traced only once, too. The layers of a network have few different options.
 _shared_programs = lru_cache(maxsize=32)(_programs)
 
 

@@ -9,6 +9,9 @@ from jaxbn.parity._layer import DifferentiableLayer
 def keras_layer(layer: Any) -> DifferentiableLayer:
     """Wrap `keras.layers.BatchNormalization` on the JAX backend as a layer for the parity tools.
 
+    `identify` compiles once for all layers with the same options and number of features, because
+    Keras builds a layer for this number.
+
     Args:
       layer: the built layer. It is not changed.
 
