@@ -108,7 +108,28 @@ def test_a_wrong_option_is_reported(tmp_path):
         command.main(["--resume", "--out", str(tmp_path)])
 
 
+def is_miscompiled():
+    """Return whether XLA makes NaN of bfloat16 convolutions, as it does on CPUs in JAX 0.12.0."""
+    rng = np.random.default_rng(0)
+    shapes = (64, 8, 8, 1), (3, 3, 1, 32), (3, 3, 32, 32)
+    x, *kernels = (jnp.asarray(rng.uniform(size=shape), jnp.bfloat16) for shape in shapes)
+
+    @jax.jit
+    def network(x):
+        for kernel in kernels:
+            x = jax.nn.relu(
+                jax.lax.conv_general_dilated(
+                    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                )
+            )
+        return x.mean((1, 2))
+
+    return bool(jnp.isnan(network(x)).any())
+
+
 def test_bfloat16(variables):
     """Each layer rounds its input, kernel and output to bfloat16, and sums in float32."""
+    if is_miscompiled():
+        pytest.skip("XLA makes NaN of convolutions in bfloat16 without any batch norm")
     result = comparison(variables, "bfloat16")
     assert 0 < result.difference <= 2 * LAYERS * 3 * 2**-9 * result.largest
