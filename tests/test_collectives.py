@@ -85,7 +85,7 @@ def test_pmap_has_one_forward_and_one_backward(batch):
 
 
 def under_jit(function, mesh, batch, form):
-    """Return a compiled program with a sharded batch, in the form of a platform."""
+    """Return the program compiled for a sharded batch, in the form for a platform."""
     sharded, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     params, state = jax.device_put(jaxbn.init(SHAPE), replicated)
     batch = jax.device_put(batch, sharded)
@@ -102,9 +102,10 @@ def collectives_under_jit(function, mesh, batch, form):
 
 
 def test_jit_on_a_cpu_adds_the_moments_forward_and_once_more_if_they_cancel(mesh, batch):
-    """The second time is in the loop that reads the batch again; the backward pass adds as many.
+    """The second time is in the loop that reads the batch again; the backward pass adds once more.
 
-    Of these sums, of a number per feature, XLA's versions combine different ones.
+    Each sum has one number per feature. How XLA combines the sums depends on its version, so their
+    bytes are counted.
     """
     sums = 2 + (len(batch) > 1)
     programs = (under_jit(function, mesh, batch, "cpu") for function in (forward, backward))

@@ -237,8 +237,8 @@ def test_one_dimensional_arrays_that_channels_first_lacks():
     variables = ours.init(jax.random.key(0), x)
     with raises(
         ValueError,
-        "0 in PyTorch takes 2 channels on axis 1, but gets x of shape (3, 7, 2) as it is, because "
-        "channels_first does not have 3: pass channels_first=(3, 4, 5).",
+        "0 in PyTorch takes 2 channels on axis 1, but got x of shape (3, 7, 2) unchanged, because "
+        "3 is not in channels_first: pass channels_first=(3, 4, 5).",
     ):
         compare_models((ours, variables), theirs, x)
 
@@ -258,7 +258,7 @@ def test_integers_into_a_layer_of_pytorch(standard_promotion):
     variables = ours.init(jax.random.key(0), x)
     with raises(
         ValueError,
-        "0 in PyTorch takes floating numbers, but was given int32: pass x.astype('float32').",
+        "0 in PyTorch takes floating-point numbers, but got int32: pass x.astype('float32').",
     ):
         compare_models((ours, variables), torch.nn.Sequential(torch.nn.Linear(3, 2)), x)
 

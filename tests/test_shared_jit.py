@@ -1,4 +1,4 @@
-"""Functions are compiled once if they make the same program, and never share another."""
+"""Functions with the same program share what is compiled; functions with others do not."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ PAIRS = {
 @pytest.mark.parametrize("first, second", PAIRS.values(), ids=PAIRS.keys())
 def test_what_differs_is_not_shared(first, second):
     found = [jax.tree.leaves(shared_jit(function)(X, Y)) for function in (first, second, first)]
-    # Compiled by JAX itself, as the last bits may depend on it.
+    # These are compiled, too, since compiling can change the last bits.
     wanted = [jax.tree.leaves(jax.jit(function)(X, Y)) for function in (first, second, first)]
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert not all(map(np.array_equal, found[0], found[1]))

@@ -110,7 +110,10 @@ def _digest(tree: Any) -> str:
 
 
 def _check_option(name: str, messages: list[Message]) -> None:
-    """Check an option. With other `passes`, a process would wait for others that have finished."""
+    """Check that an option is the same in all processes.
+
+    With different `passes`, a process would wait for others that have finished.
+    """
     if (other := _first_different(messages)) is not None:
         raise ValueError(
             f"{name} must be the same in all processes, got {other.digest} in process "

@@ -10,7 +10,7 @@ def haiku_layer(transformed: Any, params: Any, state: Any) -> DifferentiableLaye
     """Wrap a Haiku batch norm as a layer for the parity tools.
 
     `identify` compiles once for all layers with the same options and number of features, because
-    the function may be made for this number.
+    the function may depend on this number.
 
     Args:
       transformed: `haiku.transform_with_state` of a function of `x` and `is_training` that applies

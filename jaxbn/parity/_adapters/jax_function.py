@@ -56,8 +56,8 @@ class JaxFunctionLayer:
     """A layer made of a pure function `apply(params, state, x, train) -> (y, state)`.
 
     Args:
-      apply: the function. Layers share compiled programs if their functions are equal or, after
-        tracing, turn out to be the same program.
+      apply: the function. Layers share compiled programs if their functions are equal, or if
+        tracing them gives the same program.
       params, state: its first two arguments. The layer replaces its state after each training step.
       statistics: takes the running mean and variance out of a state.
       named: takes `scale` and `bias` out of anything with the structure of `params`.
@@ -136,7 +136,7 @@ def _programs(apply: Apply) -> _Programs:
     )
 
 
-# Equal functions are traced only once, too. The layers of a network have few different options.
+# Equal functions also share the tracing. The layers of a network have few different options.
 _shared_programs = lru_cache(maxsize=32)(_programs)
 
 

@@ -9,8 +9,8 @@ from jaxbn.parity._layer import DifferentiableLayer
 def keras_layer(layer: Any) -> DifferentiableLayer:
     """Wrap `keras.layers.BatchNormalization` on the JAX backend as a layer for the parity tools.
 
-    `identify` compiles once for all layers with the same options and number of features, because
-    Keras builds a layer for this number.
+    `identify` compiles once for all layers with the same options and number of features, because a
+    Keras layer is built for one number of features.
 
     Args:
       layer: the built layer. It is not changed.

@@ -1,4 +1,4 @@
-"""Compile functions as `jax.jit` does, but those with equal programs only once."""
+"""Compile functions like `jax.jit`, but compile equal programs only once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,17 +10,17 @@ from jax.core import eval_jaxpr
 _compiled: dict[str, Callable[..., list[Any]]] = {}
 _MAX_COMPILED = 128
 
-# A text with one of these does not show the whole program: Python functions that it calls, and
-# constants that JAX passes to it as arguments.
+# A text with one of these words leaves out a part of the program: a Python function that it calls,
+# or constants that JAX passes to it as arguments.
 _INCOMPLETE = ("callback", "jax.const")
 
 
 def shared_jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function`, compiled, for positional arguments that are pytrees of arrays.
 
-    Each function is traced, which is much cheaper than compiling. Functions share what is compiled
-    if the texts of their programs, with all constants, are equal. The names in their pytrees may
-    differ.
+    Each function is traced, which is much cheaper than compiling. Functions share a compiled
+    program if the texts of their programs, including all constants, are equal. The names in their
+    pytrees may differ.
     """
     programs = {}
 

@@ -64,9 +64,9 @@ def compare_models(
 
     Raises:
       ValueError: `names` is empty; a network does not have one of the submodules, or does not call
-        it exactly once; `match_names` raises; `x` has its channels first, or lacks a rank in
-        `channels_first`, or its dtype is not that of a PyTorch model; or `rtol` is negative,
-        infinite or NaN.
+        it exactly once; `match_names` raises; `x` has its channels first, or its rank is not in
+        `channels_first`; a layer of PyTorch gets integers, or a dtype that is not its model's; or
+        `rtol` is negative, infinite or NaN.
       TypeError: a network is of an unknown kind or has no variables; an intermediate is not a
         single array; `names` is not a mapping; or `rtol` is not a number.
 

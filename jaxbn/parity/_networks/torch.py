@@ -153,7 +153,7 @@ class TorchNetwork:
         return type(self)(self.label, model, self.channels_first)
 
     def _copy(self, x: np.ndarray, train: bool) -> torch.nn.Module:
-        """Return a copy in this mode, which checks the layout and dtype of what it is given."""
+        """Return a copy in this mode, which checks the layout and dtype of its layers' inputs."""
         model = copy.deepcopy(self.model).train(train)
         for name, module in model.named_modules():
             facts = facts_of(module)
@@ -175,17 +175,17 @@ class TorchNetwork:
         if not (args[0].is_floating_point() or args[0].is_complex()):
             kind = str(args[0].dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} in {self.label} takes floating numbers, but was given {kind}: pass "
+                f"{name} in {self.label} takes floating-point numbers, but got {kind}: pass "
                 "x.astype('float32')."
             )
 
     def _require_channels_first(self, name: str, facts: Facts, x: Shape, arrived: Shape) -> None:
-        """Raise if the network's input has the channels on its last axis that are needed on 1."""
+        """Raise if `x` has its channels on the last axis, but the layer needs them on axis 1."""
         if arrived == x and len(x) > 2 and x[1] != facts.channels == x[-1]:
             ranks = tuple(sorted({len(x), *self.channels_first}))
             raise ValueError(
-                f"{name} in {self.label} takes {facts.channels} channels on axis 1, but gets x of "
-                f"shape {x} as it is, because channels_first does not have {len(x)}: pass "
+                f"{name} in {self.label} takes {facts.channels} channels on axis 1, but got x of "
+                f"shape {x} unchanged, because {len(x)} is not in channels_first: pass "
                 f"channels_first={ranks}."
             )
 
