@@ -55,6 +55,8 @@ def errors(mesh, is_last):
     yield error("exhausted", run, variables, Once(batches) if is_last else batches)
     yield error("parameters", run, chain(key=int(is_last))[1], batches)
     yield error("passes", run, variables, batches, passes=1 if is_last else None)
+    passes = np.int64(5) if is_last else 5
+    yield error("passes of other types", run, variables, batches, passes=passes)
     estimator = "biased" if is_last else None
     yield error("running_variance", run, variables, batches, running_variance=estimator)
     yield error("progress", run, variables, batches, progress=failing if is_last else False)

@@ -32,7 +32,7 @@ def test_errors():
         run([x[0, :1]])
     assert str(error.value) == (
         "batches hold one value per feature in BatchNorm_0, which has no unbiased variance; give "
-        "more values, or pass running_variance='biased'."
+        "more values, or set running_variance='biased' in the layer or in recalibrate."
     )
     with pytest.raises(ValueError) as error:
         recalibrate(network, {"params": variables["params"]}, [x], train=True)

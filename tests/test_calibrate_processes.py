@@ -36,7 +36,7 @@ OTHER_OPTION = (
     "ValueError: {} must be the same in all processes, got {} in process 1 and None in process 0."
 )
 OTHER_PASSES = OTHER_OPTION.format("passes", 1)
-OTHER_ESTIMATOR = OTHER_OPTION.format("running_variance", "'biased'")
+OTHER_ESTIMATOR = OTHER_OPTION.format("running_variance", "biased")
 NO_TERMINAL = "OSError: the terminal is gone"
 NO_STATISTICS = (
     "ValueError: variables have no 'mean' and 'var' in BatchNorm_0. The running statistics are "
@@ -64,6 +64,7 @@ ERRORS = {
     "statistics of a layer in evaluation mode": (OTHER_STATISTICS, OTHER_STATISTICS),
     "statistics of a feature without values": (OTHER_STATISTICS, OTHER_STATISTICS),
     "passes": (OTHER_PASSES, OTHER_PASSES),
+    "passes of other types": ("none", "none"),
     "running_variance": (OTHER_ESTIMATOR, OTHER_ESTIMATOR),
     "progress": (IN_SECOND + NO_TERMINAL, NO_TERMINAL),
     "no statistics": (IN_SECOND + NO_STATISTICS, NO_STATISTICS),

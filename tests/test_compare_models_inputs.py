@@ -252,15 +252,85 @@ def test_names_that_are_a_list(theirs):
         compare_models((net(), variables_of(theirs)), theirs, images(), ["bn1"])
 
 
+class Own(torch.nn.Module):
+    """A layer of a user, with a weight of his own."""
+
+    def __init__(self, forward, *shape, **buffers):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(shape))
+        self.own_forward = forward
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        return self.own_forward(self, x)
+
+
+NTC, NHWC = np.ones((2, 7, 3), np.float32), np.ones((4, 5, 6, 3), np.float32)
+ONES = {"running_mean": torch.ones(3), "running_var": torch.ones(3)}
+UNUSUAL = {
+    "an embedding": (
+        Own(lambda self, x: torch.nn.functional.embedding(x, self.weight), 5, 3),
+        np.array([[0, 1], [4, 2]]),
+        (4, 5),
+    ),
+    "a kernel of three axes": (Own(lambda self, x: x @ self.weight.sum(0), 2, 3, 3), NTC, (4, 5)),
+    "features last": (Own(lambda self, x: x - self.running_mean, 3, **ONES), NTC, (4, 5)),
+    "a linear layer over time": (torch.nn.Linear(7, 2), NTC, (3, 4, 5)),
+    "a linear layer over the width": (torch.nn.Linear(6, 2), NHWC, (4, 5)),
+}
+
+
+@pytest.mark.parametrize(("layer", "x", "channels_first"), UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_layers_of_pytorch_are_accepted(layer, x, channels_first):
+    models = (torch.nn.Sequential(layer) for _ in range(2))
+    assert compare_models(*models, x, {"0": "0"}, channels_first=channels_first).ok
+
+
+def test_a_linear_layer_of_pytorch_that_gets_channels_first():
+    models = (torch.nn.Sequential(torch.nn.Linear(3, 2)) for _ in range(2))
+    with raises(
+        ValueError,
+        "x has shape (2, 3, 5), with channels on axis 1, but must have them last, as Flax does: 0 "
+        "in the candidate takes 3 channels. Pass x.transpose(0, 2, 1).",
+    ):
+        compare_models(*models, np.ones((2, 3, 5), np.float32))
+
+
+def test_a_norm_of_flax_whose_features_are_on_axis_1():
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mean, var = (self.variable("batch_stats", k, jnp.ones, 3) for k in ("mean", "var"))
+            mean, var = (v.value[None, :, None, None] for v in (mean, var))
+            return (x - mean) / jnp.sqrt(var)
+
+    x = np.ones((2, 3, 5, 4), np.float32)
+    networks = (Norm(), Norm().init(jax.random.key(0), x)), torch.nn.Sequential(torch.nn.Identity())
+    report = compare_models(*networks, x, {"": ""})
+    assert [row.relative for row in report.rows if row.name == "(output)"] == [1, 1]
+
+
+def test_networks_in_bfloat16(rng):
+    theirs = torch.nn.Sequential(torch.nn.Linear(3, 2)).bfloat16()
+    kernel, bias = (jnp.bfloat16(p.detach().float().numpy().T) for p in theirs.parameters())
+    params = {"layers_0": {"kernel": kernel, "bias": bias}}
+    ours = nn.Sequential([nn.Dense(2)]), {"params": params}
+    x = np.asarray(jnp.asarray(rng.normal(size=(8, 3)), jnp.bfloat16))
+    # The output is rounded, and in a product and a sum a framework may round, too.
+    report = compare_models(ours, theirs, x, rtol=8 * 2**-9)
+    assert report.ok, str(report)
+
+
 def test_integers_into_a_layer_of_pytorch(standard_promotion):
     x = np.ones((4, 3), np.int32)
     ours = nn.Sequential([nn.Dense(2)])
     variables = ours.init(jax.random.key(0), x)
     with raises(
         ValueError,
-        "0 in PyTorch takes floating-point numbers, but got int32: pass x.astype('float32').",
+        "0 in PyTorch takes float64, but got int32: pass x.astype('float64').",
     ):
-        compare_models((ours, variables), torch.nn.Sequential(torch.nn.Linear(3, 2)), x)
+        compare_models((ours, variables), torch.nn.Sequential(torch.nn.Linear(3, 2)).double(), x)
 
 
 def test_bfloat16_into_a_layer_of_pytorch():

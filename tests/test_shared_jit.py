@@ -75,6 +75,19 @@ def test_other_shapes_and_dtypes_are_other_programs():
     assert len(module._compiled) == 3
 
 
+def test_the_configuration_is_that_of_the_call():
+    third = shared_jit(lambda x: x * jnp.asarray(np.float64(1) / 3))
+    promotes = shared_jit(lambda x: x + jnp.int32(1))
+    for _ in range(2):
+        assert third(X).dtype == jnp.float32
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+            assert third(X).dtype == jnp.float64
+        with jax.numpy_dtype_promotion("standard"):
+            promotes(X)
+        with jax.numpy_dtype_promotion("strict"), pytest.raises(jax.dtypes.TypePromotionError):
+            promotes(X)
+
+
 def test_the_oldest_program_is_dropped(monkeypatch):
     monkeypatch.setattr(module, "_MAX_COMPILED", 2)
     functions = [shared_jit(adds(float(i))) for i in range(3)]

@@ -51,7 +51,8 @@ def replaced(
         if np.max(new.n, initial=0) == 1 and new.ddof.flat[0] == 1:
             raise ValueError(
                 f"batches hold one value per feature{in_layer(layer)}, which has no unbiased "
-                f"variance; give more values, or pass running_variance='biased'."
+                f"variance; give more values, or set running_variance='biased' in the layer or in "
+                "recalibrate."
             )
         mean, var = by_name["mean"], by_name["var"]
         leaves[mean], leaves[var] = state = to_state(new, leaves[mean], leaves[var])

@@ -53,7 +53,7 @@ def recalibrate_together(
     messages, (observed, own_batches, shown) = _in_all(prepare)
     _check_variables(messages, "parameters")
     for name in ("passes", "running_variance"):
-        text = repr(getattr(options, name))
+        text = str(getattr(options, name))
         messages, _ = _in_all(lambda text=text: (Message(digest=text), None))
         _check_option(name, messages)
     with shown as report:

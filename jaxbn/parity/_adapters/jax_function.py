@@ -104,9 +104,11 @@ class JaxFunctionLayer:
 
         Return None if the layer cannot have another number of features.
         """
+        if self.with_features is None:
+            return None
         num_features = jax.eval_shape(self.statistics, self.state)[0].size
         leaves = jax.tree.leaves((self.params, self.state))
-        if self.with_features is None or not all(_is_per_feature(v, num_features) for v in leaves):
+        if not all(_is_per_feature(v, num_features) for v in leaves):
             return None
         params, state = jax.tree.map(lambda v: _repeat(v, number), (self.params, self.state))
         apply = self.with_features(number)

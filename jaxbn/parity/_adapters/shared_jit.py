@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.core import eval_jaxpr
+from jax.extend.core import jaxpr_as_fun
 
 # Compiled functions of lists of arrays, by the text of their programs. The oldest are dropped.
 _compiled: dict[str, Callable[..., list[Any]]] = {}
@@ -22,17 +22,17 @@ def shared_jit(function: Callable[..., Any]) -> Callable[..., Any]:
     program if the texts of their programs, including all constants, are equal. The names in their
     pytrees may differ.
     """
+    jitted = jax.jit(function)
+    # By the traced programs. JAX returns an earlier one for arguments of the same types, as long as
+    # its configuration is the same.
     programs = {}
 
     def call(*args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args)
-        signature = structure, *(jax.typeof(leaf) for leaf in leaves)
-        if signature not in programs:
-            traced = jax.jit(function).trace(*args)
-            results = jax.tree.structure(traced.out_info)
-            programs[signature] = _compile(traced.jaxpr, leaves), results
-        program, results = programs[signature]
-        return jax.tree.unflatten(results, program(*leaves))
+        leaves, traced = jax.tree.leaves(args), jitted.trace(*args)
+        if traced.jaxpr not in programs:
+            programs[traced.jaxpr] = _compile(traced.jaxpr, leaves)
+        results = jax.tree.structure(traced.out_info)
+        return jax.tree.unflatten(results, programs[traced.jaxpr](*leaves))
 
     return call
 
@@ -40,9 +40,7 @@ def shared_jit(function: Callable[..., Any]) -> Callable[..., Any]:
 def _compile(closed: Any, leaves: list[Any]) -> Callable[..., list[Any]]:
     """Return the compiled program of a closed jaxpr, or of an earlier one with the same text."""
     # If unused arguments were left out, functions that use different ones could look the same.
-    program = jax.jit(
-        lambda *leaves: eval_jaxpr(closed.jaxpr, closed.consts, *leaves), keep_unused=True
-    )
+    program = jax.jit(jaxpr_as_fun(closed), keep_unused=True)
     text = program.lower(*leaves).as_text()
     if any(word in text for word in _INCOMPLETE):
         return program

@@ -67,8 +67,9 @@ class Recorder:
           call, args, kwargs: the call.
         """
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, jax.Array)), None)
-        if x is not None and axis in (None, -1, x.ndim - 1):
-            require_channels_last(self.label, name, facts(), self.x.shape, x.shape)
+        layer = facts()
+        if x is not None and _takes_features_last(layer, axis, x.ndim):
+            require_channels_last(self.label, name, layer, self.x.shape, x.shape)
         y = call(*args, **kwargs)
         layer = facts()
         source = next((k for other, k in reversed(self._returned) if other is x), None)
@@ -85,6 +86,13 @@ class Recorder:
         is_array = isinstance(y, jax.Array)
         self.outputs[name] = jax.ShapeDtypeStruct(y.shape, y.dtype) if is_array else y
         return y
+
+
+def _takes_features_last(layer: Facts | None, axis: Any, ndim: int) -> bool:
+    """Return whether features are on the last axis of a layer's input, as far as that is known."""
+    if axis is None:
+        return layer is None or layer.kind != "batch norm"
+    return axis in (-1, ndim - 1)
 
 
 # The running mean and variance of each submodule, as arrays of JAX.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,6 @@ import numpy as np
 from jaxbn.convert._entries import array
 from jaxbn.parity._adapters.torch import tensor_of, torch_layer
 from jaxbn.parity._layer import DifferentiableLayer
-from jaxbn.parity._networks.layers import Facts, Shape, require_channels_last
 from jaxbn.parity._networks.network import (
     INPUT,
     OUTPUT,
@@ -24,6 +23,7 @@ from jaxbn.parity._networks.network import (
     require_array,
     require_one_call,
 )
+from jaxbn.parity._networks.torch_checks import check_inputs
 from jaxbn.parity._networks.torch_layers import facts_of
 
 if TYPE_CHECKING:
@@ -155,39 +155,8 @@ class TorchNetwork:
     def _copy(self, x: np.ndarray, train: bool) -> torch.nn.Module:
         """Return a copy in this mode, which checks the layout and dtype of its layers' inputs."""
         model = copy.deepcopy(self.model).train(train)
-        for name, module in model.named_modules():
-            facts = facts_of(module)
-            if facts is not None and facts.channels is not None:
-                module.register_forward_pre_hook(
-                    lambda module, args, name=name, facts=facts: self._check(name, facts, x, args)
-                )
+        check_inputs(self.label, model, x, self.channels_first)
         return model
-
-    def _check(self, name: str, facts: Facts, x: np.ndarray, args: Sequence[Any]) -> None:
-        if not args:
-            return
-        arrived = tuple(args[0].shape)
-        if len(arrived) in self.channels_first:
-            arrived = (arrived[0], *arrived[2:], arrived[1])
-            require_channels_last(self.label, name, facts, x.shape, arrived)
-        elif facts.kind != "linear":
-            self._require_channels_first(name, facts, x.shape, arrived)
-        if not (args[0].is_floating_point() or args[0].is_complex()):
-            kind = str(args[0].dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{name} in {self.label} takes floating-point numbers, but got {kind}: pass "
-                "x.astype('float32')."
-            )
-
-    def _require_channels_first(self, name: str, facts: Facts, x: Shape, arrived: Shape) -> None:
-        """Raise if `x` has its channels on the last axis, but the layer needs them on axis 1."""
-        if arrived == x and len(x) > 2 and x[1] != facts.channels == x[-1]:
-            ranks = tuple(sorted({len(x), *self.channels_first}))
-            raise ValueError(
-                f"{name} in {self.label} takes {facts.channels} channels on axis 1, but got x of "
-                f"shape {x} unchanged, because {len(x)} is not in channels_first: pass "
-                f"channels_first={ranks}."
-            )
 
     def _tensor(self, x: np.ndarray) -> torch.Tensor:
         """Return the input as a tensor of the model's device, with channels first."""
