@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def check_inputs(
     label: str, model: torch.nn.Module, x: np.ndarray, channels_first: Collection[int]
 ) -> None:
-    """Make the layers of a module check their inputs. Only PyTorch's own layers are known enough.
+    """Make the linear layers, convolutions and batch norms of a module check their inputs.
 
     Args:
       label: what messages call the network.
@@ -45,12 +45,13 @@ def _check_dtype(
 ) -> None:
     if given.is_floating_point() or given.is_complex():
         return
-    weight = module.weight
-    wanted, got = (
-        str(t.dtype).removeprefix("torch.") if t is not None else "float32" for t in (weight, given)
-    )
+    wanted = "float32" if module.weight is None else _dtype_name(module.weight)
     mend = f": pass x.astype('{wanted}')" if np.issubdtype(x.dtype, np.integer) else ""
-    raise ValueError(f"{name} in {label} takes {wanted}, but got {got}{mend}.")
+    raise ValueError(f"{name} in {label} takes {wanted}, but got {_dtype_name(given)}{mend}.")
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _check_layout(
