@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def _check_dtype(
     raise ValueError(f"{name} in {label} takes {wanted}, but got {_dtype_name(given)}{mend}.")
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
+def _dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
