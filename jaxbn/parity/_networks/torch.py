@@ -23,7 +23,7 @@ from jaxbn.parity._networks.network import (
     require_array,
     require_one_call,
 )
-from jaxbn.parity._networks.torch_checks import check_inputs
+from jaxbn.parity._networks.torch_checks import check_inputs, dtype_name
 from jaxbn.parity._networks.torch_layers import facts_of
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class TorchNetwork:
 
 
 def _dtype_message(label: str, own: torch.dtype, got: torch.dtype) -> str:
-    own_name, name = (str(dtype).removeprefix("torch.") for dtype in (own, got))
+    own_name, name = dtype_name(own), dtype_name(got)
     text = f"the parameters in {label} are {own_name}, but x is {name}"
     if own_name == "float64" and jnp.zeros(()).dtype != jnp.float64:
         return (

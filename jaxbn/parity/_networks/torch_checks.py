@@ -45,13 +45,14 @@ def _check_dtype(
 ) -> None:
     if given.is_floating_point() or given.is_complex():
         return
-    wanted = "float32" if module.weight is None else _dtype_name(module.weight)
+    wanted = "float32" if module.weight is None else dtype_name(module.weight.dtype)
     mend = f": pass x.astype('{wanted}')" if np.issubdtype(x.dtype, np.integer) else ""
-    raise ValueError(f"{name} in {label} takes {wanted}, but got {_dtype_name(given)}{mend}.")
+    raise ValueError(f"{name} in {label} takes {wanted}, but got {dtype_name(given.dtype)}{mend}.")
 
 
-def _dtype_name(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: Any) -> str:
+    """Return the name of one of PyTorch's dtypes, which is NumPy's for it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_layout(
