@@ -78,6 +78,8 @@ def _summed_by_transpose(
     """
 
     def plain(x, shift, slope, offset):
+        # Their transposes sum over axes of size one, too, as `jaxbn._readings.total` does.
+        slope, offset = (jnp.broadcast_to(value, x.shape) for value in (slope, offset))
         return (x - shift) * slope + offset
 
     if jnp.iscomplexobj(x):

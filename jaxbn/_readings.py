@@ -88,7 +88,20 @@ def average(
 
 
 def total(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) -> jax.Array:
-    return jnp.sum(x, axes, where=mask, keepdims=True)
+    """Return the sum over `axes`, which stay as axes of size one.
+
+    Axes that have size one already are summed over, too. This changes no value, but if one of them
+    is left, XLA for CPUs (in JAX 0.10, not in 0.12) adds the values up one after another, so that
+    rounding errors build up.
+    """
+    ones = {a for a in unsharded(x) if x.shape[a] == 1}
+    return jnp.sum(x, tuple({*axes} | ones), where=mask, keepdims=True)
+
+
+def unsharded(x: jax.Array) -> list[int]:
+    """Return the axes that are not explicitly sharded."""
+    spec = jax.typeof(x).sharding.spec
+    return [a for a in range(x.ndim) if a >= len(spec) or spec[a] is None]
 
 
 def _unit(n: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 from jax import lax
 
-from jaxbn._readings import average, count
+from jaxbn._readings import average, count, unsharded
 
 # The sample contains one in this many of the values, or slightly more.
 FRACTION = 16
@@ -29,14 +29,13 @@ def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     there is no other, every sixteenth index of the first is taken, so that each device has its
     share. An axis that is explicitly sharded cannot be sliced.
     """
-    spec = jax.typeof(x).sharding.spec
-    unsharded = [a for a in axes if a >= len(spec) or spec[a] is None]
-    inner = [a for a in unsharded if a != axes[0] and isinstance(x.shape[a], int)]
+    whole = [a for a in unsharded(x) if a in axes]
+    inner = [a for a in whole if a != axes[0] and isinstance(x.shape[a], int)]
     axis = max(inner, key=lambda a: x.shape[a], default=None)
     if axis is not None and x.shape[axis] > 1:
         size = -(-x.shape[axis] // FRACTION)
         start = (x.shape[axis] - size) // 2
         return lax.slice_in_dim(x, start, start + size, axis=axis)
-    if axes and axes[0] in unsharded:
+    if axes and axes[0] in whole:
         return lax.slice_in_dim(x, 0, x.shape[axes[0]], FRACTION, axis=axes[0])
     return x

@@ -48,7 +48,7 @@ LAYOUTS = {
 
 def step(x, dy, mask=None, scale=SCALE, bias=BIAS, axis=-1, axis_name=None) -> oracle.Result:
     """Run one training step; the running statistics become those of the batch."""
-    params, state = jaxbn.init(scale.shape)
+    _, state = jaxbn.init(x.shape, axis=axis)
 
     def forward(x, scale, bias):
         return jaxbn.batch_norm(

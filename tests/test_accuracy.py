@@ -4,6 +4,7 @@ Each form of the computation that `jaxbn._fusion` has for a platform runs on the
 """
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from tests.accuracy import (
     TOLERANCE,
     assert_accurate,
     run,
+    step,
     step_in,
 )
 from tests.hard_inputs import ARRANGEMENTS, SAMPLED, arranged, extremes_sampled
@@ -38,6 +40,25 @@ def test_hard_inputs(name):
         truth = oracle.batch_norm(x, DY, SCALE, BIAS)
         for form, layout in itertools.product(forms.FORMS, LAYOUTS):
             assert_accurate(run(form, layout, x), truth, form, layout, arrangement)
+
+
+@every_form
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((N, 1), -1), ((N, 1, C), (1, 2)), ((N, 1, 1, C), -1), ((1, N, C), (0, 2))]
+)
+def test_axes_of_size_one(shape, axis, form):
+    """If a sum leaves such an axis, XLA for CPUs may add up one value after another."""
+    features = shape[-1]
+    x, dy = (v[:, :features].astype(np.float32) for v in (INPUTS["N(1e4, 1)"], DY + 3))
+    scale, bias = SCALE[:features], BIAS[:features]
+    truth = oracle.batch_norm(x, dy, scale, bias)
+    kept = (1, C) if isinstance(axis, tuple) else (features,)
+    training = partial(step, scale=scale.reshape(kept), bias=bias.reshape(kept), axis=axis)
+    y, dx, *others = map(np.asarray, forms.jit(training, form)(x.reshape(shape), dy.reshape(shape)))
+    rows = oracle.Result(
+        y.reshape(x.shape), dx.reshape(x.shape), *(v.reshape(features) for v in others)
+    )
+    assert_accurate(rows, truth, form)
 
 
 @every_form
