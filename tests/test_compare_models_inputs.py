@@ -201,3 +201,26 @@ def test_names_that_are_a_list(theirs):
         "{'block/bn': 'block.bn'}, got list.",
     ):
         compare_models((net(), variables_of(theirs)), theirs, images(), ["bn1"])
+
+
+class ModeInOptions(nn.Module):
+    """A network that takes its mode in arguments without names, so that no default is found."""
+
+    @nn.compact
+    def __call__(self, x, **options):
+        return nn.BatchNorm(not options.get("train"), momentum=0.9, name="norm")(x)
+
+
+def test_a_network_that_does_not_train_is_noted():
+    theirs = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    x = np.random.default_rng(0).normal(1, 2, size=(8, 3)).astype(np.float32)
+    model = ModeInOptions()
+    variables = model.init(jax.random.key(0), x)
+    report = compare_models((model, variables), theirs, x, {"norm": "0"})
+    assert report.first_difference.stage == "training forward"
+    assert report.notes == (
+        "in training, Flax updated no running statistics: its norms are frozen, or it has to be "
+        "told to train by the argument training",
+    )
+    told = compare_models((model, variables), theirs, x, {"norm": "0"}, training={"train": True})
+    assert told.notes == ()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbn.parity._compare.model_statistics import pairs_and_notes
+from jaxbn.parity._compare.model_statistics import are_unchanged, pairs_and_notes
 from jaxbn.parity._match import matched
 from jaxbn.parity._networks.network import INPUT, OUTPUT, Call, Network, Run
 
@@ -59,15 +59,20 @@ class Runs(NamedTuple):
                     yield Quantity(f"{mode} backward", name, ours[name], theirs[other])
 
     def notes(self, candidate: Network, reference: Network) -> list[str]:
-        """Return what could not be compared, and which dropouts made a run random."""
+        """Return what could not be compared, which norms did not train, and active dropouts."""
         a, b = self.ours["training"], self.theirs["training"]
         ours, theirs = (candidate.label, a.statistics), (reference.label, b.statistics)
         notes = pairs_and_notes(ours, theirs, self.names)[1]
-        for label, run in ((candidate.label, a), (reference.label, b)):
-            if run.dropouts:
+        for label, runs in ((candidate.label, self.ours), (reference.label, self.theirs)):
+            if are_unchanged(*(runs[mode].statistics for mode in MODES)):
+                notes.append(
+                    f"in training, {label} updated no running statistics: its norms are frozen, or "
+                    "it has to be told to train by the argument training"
+                )
+            if dropouts := runs["training"].dropouts:
                 notes.append(
                     f"in training, {label}'s dropout is active, so what follows it is random: "
-                    f"{', '.join(run.dropouts)}"
+                    f"{', '.join(dropouts)}"
                 )
         return notes
 

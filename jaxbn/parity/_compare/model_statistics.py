@@ -1,6 +1,8 @@
-"""Pair the running statistics of two networks."""
+"""Pair the running statistics of two networks, and see whether a network updated its own."""
 
 from collections.abc import Mapping
+
+import numpy as np
 
 from jaxbn.parity._networks.network import MeanAndVar, StatisticsByName
 
@@ -33,3 +35,12 @@ def pairs_and_notes(
     return pairs, [
         f"{which} running statistics were compared: names has no pair for {' and '.join(left_out)}"
     ]
+
+
+def are_unchanged(evaluation: StatisticsByName, training: StatisticsByName) -> bool:
+    """Return whether there are statistics, and training left all of them as they were."""
+    return bool(training) and all(
+        np.array_equal(before, after, equal_nan=True)
+        for name in training
+        for before, after in zip(evaluation[name], training[name], strict=True)
+    )
