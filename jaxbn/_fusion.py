@@ -78,9 +78,7 @@ def _summed_by_transpose(
     """
 
     def plain(x, shift, slope, offset):
-        # Their transposes sum over axes of size one, too, as `jaxbn._readings.total` does.
-        slope, offset = (jnp.broadcast_to(value, x.shape) for value in (slope, offset))
-        return (x - shift) * slope + offset
+        return (x - shift) * _broadcast(slope, x) + _broadcast(offset, x)
 
     if jnp.iscomplexobj(x):
         return plain(x, shift, slope, offset)
@@ -90,7 +88,7 @@ def _summed_by_transpose(
         return plain(own_x, own_shift, slope, offset)
 
     def of_one_sum(x, shift, slope, offset):
-        both = jnp.broadcast_to(lax.complex(offset, slope), x.shape)
+        both = _broadcast(lax.complex(offset, slope), x)
         return (x - shift) * both.imag + both.real
 
     forms = {
@@ -100,6 +98,17 @@ def _summed_by_transpose(
         "default": plain,
     }
     return by_platform(x, shift, slope, offset, **forms)
+
+
+def _broadcast(value: jax.Array, x: jax.Array) -> jax.Array:
+    """Return `value` in the shape of `x` and, if that is explicitly sharded, in its sharding.
+
+    Otherwise each device would gather the whole batch of cotangents before the transpose sums them.
+    Written out, the transpose also sums over axes of size one (see `jaxbn._readings.total`).
+    """
+    sharding = jax.typeof(x).sharding
+    is_explicit = any(name is not None for name in sharding.spec)
+    return jnp.broadcast_to(value, x.shape, out_sharding=sharding if is_explicit else None)
 
 
 def _varying_alike(*values: jax.Array) -> tuple[jax.Array, ...]:

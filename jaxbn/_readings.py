@@ -91,8 +91,8 @@ def total(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) ->
     """Return the sum over `axes`, which stay as axes of size one.
 
     Axes that have size one already are summed over, too. This changes no value, but if one of them
-    is left, XLA for CPUs (in JAX 0.10, not in 0.12) adds the values up one after another, so that
-    rounding errors build up.
+    is left, XLA for CPUs (in JAX 0.10, not in 0.12) may accumulate sequentially, so that rounding
+    errors grow with the number of values. An axis of size one that `vmap` maps is left.
     """
     ones = {a for a in unsharded(x) if x.shape[a] == 1}
     return jnp.sum(x, tuple({*axes} | ones), where=mask, keepdims=True)

@@ -29,13 +29,13 @@ def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     there is no other, every sixteenth index of the first is taken, so that each device has its
     share. An axis that is explicitly sharded cannot be sliced.
     """
-    whole = [a for a in unsharded(x) if a in axes]
-    inner = [a for a in whole if a != axes[0] and isinstance(x.shape[a], int)]
+    sliceable = [a for a in unsharded(x) if a in axes]
+    inner = [a for a in sliceable if a != axes[0] and isinstance(x.shape[a], int)]
     axis = max(inner, key=lambda a: x.shape[a], default=None)
     if axis is not None and x.shape[axis] > 1:
         size = -(-x.shape[axis] // FRACTION)
         start = (x.shape[axis] - size) // 2
         return lax.slice_in_dim(x, start, start + size, axis=axis)
-    if axes and axes[0] in whole:
+    if axes and axes[0] in sliceable:
         return lax.slice_in_dim(x, 0, x.shape[axes[0]], FRACTION, axis=axes[0])
     return x

@@ -46,7 +46,7 @@ LAYOUTS = {
 }
 
 
-def step(x, dy, mask=None, scale=SCALE, bias=BIAS, axis=-1, axis_name=None) -> oracle.Result:
+def step(x, dy, mask=None, scale=SCALE, bias=BIAS, axis=-1, **options) -> oracle.Result:
     """Run one training step; the running statistics become those of the batch."""
     _, state = jaxbn.init(x.shape, axis=axis)
 
@@ -57,10 +57,10 @@ def step(x, dy, mask=None, scale=SCALE, bias=BIAS, axis=-1, axis_name=None) -> o
             x,
             True,
             axis=axis,
-            axis_name=axis_name,
             mask=mask,
             momentum=0.0,
             running_variance="biased",
+            **options,
         )
 
     params = jnp.asarray(scale), jnp.asarray(bias)

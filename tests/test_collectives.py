@@ -1,5 +1,7 @@
 """The number of collectives in compiled programs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +38,9 @@ def forward(params, state, x, mask=None, train=True, axis_name="data"):
     return jaxbn.batch_norm(params, state, x, train, mask=mask, axis_name=axis_name)
 
 
-def backward(params, state, *batch, axis_name="data"):
+def backward(params, state, *batch, train=True, axis_name="data"):
     def of_params_and_x(params, x):
-        return forward(params, state, x, *batch[1:], axis_name=axis_name)
+        return forward(params, state, x, *batch[1:], train=train, axis_name=axis_name)
 
     y, vjp, state = jax.vjp(of_params_and_x, params, batch[0], has_aux=True)
     return y, state, vjp(y)
@@ -141,6 +143,17 @@ def test_evaluation_has_none(mesh, batch):
         return forward(params, state, *batch, train=False)
 
     assert collectives(shard_mapped(evaluate, mesh, batch, check=True)) == []
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("train", [True, False])
+def test_explicit_sharding_adds_up_and_gathers_nothing(form, train, batch):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    step = jax.jit(partial(backward, train=train, axis_name=None))
+    with jax.set_mesh(mesh), forms.of(form):
+        sharded = jax.device_put(batch, NamedSharding(mesh, P("data", None, None)))
+        found = collectives(step.lower(*jaxbn.init(SHAPE), *sharded).compile())
+    assert set(found) == {"all-reduce"}
 
 
 @pytest.mark.parametrize("devices", [2, 8])

@@ -206,21 +206,44 @@ def test_names_that_are_a_list(theirs):
 class ModeInOptions(nn.Module):
     """A network that takes its mode in arguments without names, so that no default is found."""
 
+    otherwise: bool
+
     @nn.compact
     def __call__(self, x, **options):
-        return nn.BatchNorm(not options.get("train"), momentum=0.9, name="norm")(x)
+        train = options.get("train", self.otherwise)
+        return nn.BatchNorm(not train, momentum=0.9, name="norm")(x)
 
 
-def test_a_network_that_does_not_train_is_noted():
+@pytest.mark.parametrize("otherwise", [False, True])
+def test_a_network_that_does_not_follow_the_mode_is_noted(otherwise):
     theirs = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
     x = np.random.default_rng(0).normal(1, 2, size=(8, 3)).astype(np.float32)
-    model = ModeInOptions()
-    variables = model.init(jax.random.key(0), x)
-    report = compare_models((model, variables), theirs, x, {"norm": "0"})
-    assert report.first_difference.stage == "training forward"
+    model = ModeInOptions(otherwise)
+    compared = (model, model.init(jax.random.key(0), x)), theirs, x, {"norm": "0"}
+    report = compare_models(*compared)
+    assert report.first_difference.stage == f"{'evaluation' if otherwise else 'training'} forward"
     assert report.notes == (
-        "in training, Flax updated no running statistics: its norms are frozen, or it has to be "
-        "told to train by the argument training",
+        "Flax's running statistics are the same after training as after evaluation: its norms are "
+        "frozen, or do not follow the mode (that of a Flax model can be set by the arguments "
+        "evaluation and training)",
     )
-    told = compare_models((model, variables), theirs, x, {"norm": "0"}, training={"train": True})
-    assert told.notes == ()
+    told = {"evaluation": {"train": False}, "training": {"train": True}}
+    assert compare_models(*compared, **told).notes == ()
+
+
+def test_a_norm_that_exists_in_training_alone():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            if train:
+                nn.BatchNorm(False, use_scale=False, use_bias=False, name="extra")(x)
+            return nn.BatchNorm(not train, momentum=0.9, name="norm")(x)
+
+    x = np.random.default_rng(0).normal(1, 2, size=(8, 3)).astype(np.float32)
+    model = Net()
+    variables = model.init(jax.random.key(0), x, train=False)
+    theirs = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    report = compare_models((model, variables), theirs, x, {"norm": "0"})
+    assert report.notes == (
+        "not all running statistics were compared: names has no pair for Flax's ['extra']",
+    )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbn.parity._compare.model_statistics import are_unchanged, pairs_and_notes
+from jaxbn.parity._compare.model_statistics import are_equal, pairs_and_notes
 from jaxbn.parity._match import matched
 from jaxbn.parity._networks.network import INPUT, OUTPUT, Call, Network, Run
 
@@ -59,16 +59,24 @@ class Runs(NamedTuple):
                     yield Quantity(f"{mode} backward", name, ours[name], theirs[other])
 
     def notes(self, candidate: Network, reference: Network) -> list[str]:
-        """Return what could not be compared, which norms did not train, and active dropouts."""
+        """Return what could not be compared, and what may explain a difference."""
         a, b = self.ours["training"], self.theirs["training"]
         ours, theirs = (candidate.label, a.statistics), (reference.label, b.statistics)
         notes = pairs_and_notes(ours, theirs, self.names)[1]
-        for label, runs in ((candidate.label, self.ours), (reference.label, self.theirs)):
-            if are_unchanged(*(runs[mode].statistics for mode in MODES)):
-                notes.append(
-                    f"in training, {label} updated no running statistics: its norms are frozen, or "
-                    "it has to be told to train by the argument training"
-                )
+        both = {candidate.label: self.ours, reference.label: self.theirs}
+        alike = [
+            label
+            for label, runs in both.items()
+            if are_equal(*(runs[mode].statistics for mode in MODES))
+        ]
+        # If both do the same in both modes, there is no difference to explain.
+        if len(alike) == 1:
+            notes.append(
+                f"{alike[0]}'s running statistics are the same after training as after evaluation: "
+                "its norms are frozen, or do not follow the mode (that of a Flax model can be set "
+                "by the arguments evaluation and training)"
+            )
+        for label, runs in both.items():
             if dropouts := runs["training"].dropouts:
                 notes.append(
                     f"in training, {label}'s dropout is active, so what follows it is random: "

@@ -1,4 +1,4 @@
-"""Pair the running statistics of two networks, and see whether a network updated its own."""
+"""Pair the running statistics of two networks, and compare those of two runs."""
 
 from collections.abc import Mapping
 
@@ -37,10 +37,14 @@ def pairs_and_notes(
     ]
 
 
-def are_unchanged(evaluation: StatisticsByName, training: StatisticsByName) -> bool:
-    """Return whether there are statistics, and training left all of them as they were."""
-    return bool(training) and all(
-        np.array_equal(before, after, equal_nan=True)
-        for name in training
-        for before, after in zip(evaluation[name], training[name], strict=True)
+def are_equal(left: StatisticsByName, right: StatisticsByName) -> bool:
+    """Return whether there are statistics, and all of them are equal."""
+    return (
+        bool(left)
+        and left.keys() == right.keys()
+        and all(
+            np.array_equal(one, other, equal_nan=True)
+            for name in left
+            for one, other in zip(left[name], right[name], strict=True)
+        )
     )

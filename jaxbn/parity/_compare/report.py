@@ -44,7 +44,7 @@ class Report:
       rows: the errors, in the order in which the quantities are computed.
       rtol: the largest relative error that counts as equal.
       diagnosis: the reasons for the differences, as far as they are known.
-      notes: what could not be compared.
+      notes: what could not be compared, and what may explain a difference.
     """
 
     rows: tuple[Row, ...]
