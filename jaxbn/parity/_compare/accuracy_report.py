@@ -38,7 +38,7 @@ class AccuracyReport:
 
     Attributes:
       rows: the errors, in the order in which the quantities are computed.
-      notes: what could not be compared.
+      notes: what could not be compared, and what may explain a difference.
     """
 
     rows: tuple[AccuracyRow, ...]

@@ -30,8 +30,8 @@ def compare_models(
     Both run in evaluation and in training, forward, and backward from `sum(output * cotangent)`
     for a fixed random cotangent. Gradients are with respect to the intermediates. After the
     training step, the running statistics of the named submodules are compared. The report notes
-    statistics that no name covers, and if only one network's change from evaluation to training.
-    Networks in JAX are compiled once for each mode.
+    statistics that no name covers, and a network whose statistics do not depend on the mode if
+    those of the other do. Networks in JAX are compiled once for each mode.
 
     If the networks differ, the first batch norm that differs and its counterpart are trained by
     `compare` on some of the inputs that they received, and the report contains its diagnosis.
