@@ -101,10 +101,11 @@ def _summed_by_transpose(
 
 
 def _broadcast(value: jax.Array, x: jax.Array) -> jax.Array:
-    """Return `value` in the shape of `x` and, if that is explicitly sharded, in its sharding.
+    """Return `value` broadcast to the shape of `x` and to its sharding, if that is explicit.
 
-    Otherwise each device would gather the whole batch of cotangents before the transpose sums them.
-    Written out, the transpose also sums over axes of size one (see `jaxbn._readings.total`).
+    Without the sharding, each device would gather the cotangents of the whole batch before the
+    transpose sums them. And unlike that of an implicit broadcast, the transpose also sums over axes
+    of size one (see `jaxbn._readings.total`).
     """
     sharding = jax.typeof(x).sharding
     is_explicit = any(name is not None for name in sharding.spec)

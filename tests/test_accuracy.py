@@ -42,8 +42,8 @@ def test_hard_inputs(name):
             assert_accurate(run(form, layout, x), truth, form, layout, arrangement)
 
 
-# If a sum leaves an axis of size one, XLA for CPUs may add up one value after another. The errors
-# of 16 N values are then more than the tolerance; added in a tree, they are about those of N.
+# Shapes of 16 N values with an axis of size one. If a sum leaves that axis, XLA for CPUs may
+# accumulate sequentially, and the rounding errors of this many values exceed the tolerance.
 ONES = {
     "one feature": ((16 * N, 1), {}),
     "images of one pixel": ((16 * N, 1, 1, C), {}),

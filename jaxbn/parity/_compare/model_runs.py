@@ -69,7 +69,7 @@ class Runs(NamedTuple):
             for label, runs in both.items()
             if are_equal(*(runs[mode].statistics for mode in MODES))
         ]
-        # If both do the same in both modes, there is no difference to explain.
+        # Two networks that both ignore the mode, such as frozen ones, need no note.
         if len(alike) == 1:
             notes.append(
                 f"{alike[0]}'s running statistics are the same after training as after evaluation: "
